@@ -1,0 +1,94 @@
+"""Settings: a script's bare lower-case names, overridden by presets and by --name=value, in the order given.
+
+    python train_encoder.py config/encoder_demo.py --learning_rate=1e-3
+
+A preset is plain Python run in a namespace of its own: it may compute, import and use names that start with an
+underscore, but each setting that it leaves behind must be one the script has, and of the same type.
+"""
+
+import difflib
+import re
+import runpy
+import sys
+
+TYPES = (bool, int, float, str)
+
+
+def override(names: dict, argv: list[str] | None = None) -> dict:
+    """Override the settings in `names` (a script's globals()) and return them all as a dict that json can write.
+
+    A setting is a name in lower case that holds a bool, int, float or str. `argv` defaults to sys.argv[1:]; each
+    argument is the path of a preset (*.py) or --name=value. --help prints every setting and exits with 0.
+
+    Raises SystemExit with one line on an unknown name, a wrong type, a missing or broken preset.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    settings = {k: v for k, v in names.items() if k == k.lower() and k[0] != '_' and type(v) in TYPES}
+    if any(a in ('-h', '--help') for a in argv):
+        print(describe(names, settings), end='')
+        raise SystemExit(0)
+    for arg in argv:
+        if arg.startswith('--') and '=' in arg:
+            name, text = arg[2:].split('=', 1)
+            settings[name] = from_text(name, text, settings)
+        elif arg.endswith('.py'):
+            settings.update(from_preset(arg, settings))
+        else:
+            raise SystemExit(f"cannot read the argument '{arg}': write --name=value, or the path of a preset (.py)")
+    names.update(settings)
+    return settings
+
+
+def known(name: str, settings: dict):
+    """The default of setting `name`; stops with the nearest known name where there is none."""
+    if name not in settings:
+        near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else '--help lists them all'
+        raise SystemExit(f"unknown setting '{name}': {hint}")
+    return settings[name]
+
+
+def from_text(name: str, text: str, settings: dict):
+    """The value that --name=text means, read as the type of the setting's default."""
+    kind = type(known(name, settings))
+    if kind is str:
+        return text
+    try:
+        if kind is bool:
+            return {'true': True, 'false': False, '1': True, '0': False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise SystemExit(f"--{name}={text}: expected {'True or False' if kind is bool else kind.__name__}") from None
+
+
+def from_preset(path: str, settings: dict) -> dict:
+    """The settings that the Python file at `path` assigns."""
+    try:
+        values = runpy.run_path(path)
+    except FileNotFoundError:
+        raise SystemExit(f"no preset at '{path}': presets are config/<stage>_<name>.py") from None
+    except Exception as error:
+        raise SystemExit(f"preset '{path}' does not run: {type(error).__name__}: {error}") from None
+    given = {}
+    for name, value in values.items():
+        if name[0] == '_' or not (type(value) in TYPES or name in settings or value is None):
+            continue  # modules, functions and private helpers of the preset
+        default = known(name, settings)
+        if type(default) is float and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            raise SystemExit(f'{path}: {name} = {value!r}: expected {type(default).__name__}')
+        given[name] = value
+    return given
+
+
+def describe(names: dict, settings: dict) -> str:
+    """The text of --help: each setting with its default and the comment beside it in the script."""
+    comments = {}
+    with open(names['__file__'], encoding='utf-8') as f:
+        source = f.read()
+    for name, comment in re.findall(r'^(\w+) *= *[^#\n]*?(?:# *(.*))?$', source, re.M):
+        comments.setdefault(name, comment)
+    lines = [(names.get('__doc__') or '').strip(), '', 'settings:']
+    lines += [f'  --{k}={v!r}'.ljust(44) + (f'  {comments[k]}' if comments.get(k) else '') for k, v in settings.items()]
+    return '\n'.join(lines) + '\n'
