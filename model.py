@@ -1,0 +1,682 @@
+"""LANG-JEPA's models: an encoder and a predictor that work on sentences, and a decoder that writes them back.
+
+    h = encoder(tokens, context view)      c = mean of h over each sentence        p = predictor(c)
+    z = mean of target(tokens, sentence view) over each sentence                   concept = normalize((z - mu) W)
+    loss = 1 - cos(p[i], concept[i + 1])   for neighbours in one document
+
+Letters in shapes: B rows, T tokens in a row, S sentences in a row, D the width of a concept, V the vocabulary.
+A row comes from prepare.Corpus: `tokens` (B, T), `sentence` (B, T) the sentence of each token or -1 for padding,
+`document` (B, S) the document of each sentence or -1 where the row has fewer.
+"""
+
+import copy
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from tqdm import tqdm
+
+FORMAT = 1  # of checkpoints
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Masks: who sees whom. One definition each, read by FlexAttention and by scaled_dot_product_attention alike.
+
+def sentence_view(sentence, document):
+    """Each token sees its own sentence, both ways: nothing else can reach a target."""
+    return lambda b, h, q, k: sentence[b, q] == sentence[b, k]
+
+
+def context_view(sentence, document):
+    """Each token sees its own and all earlier sentences of its document."""
+    doc = torch.where(sentence < 0, -1, document.gather(1, sentence.clamp(min=0)))  # (B, T)
+    return lambda b, h, q, k: (doc[b, q] == doc[b, k]) & (sentence[b, k] <= sentence[b, q])
+
+
+def causal_view(group):
+    """Each position sees itself and what stands before it in its group (B, T): a sentence or a document."""
+    return lambda b, h, q, k: (group[b, q] == group[b, k]) & (k <= q)
+
+
+def build_mask(mod, shape, device, flex=False):
+    """The mask of `mod` for rows of `shape` (B, T): a BlockMask if `flex`, else a boolean tensor (B, 1, T, T)."""
+    B, T = shape
+    if flex:
+        return _compiled_block_mask()(mod, B, None, T, T, device=device)
+    b = torch.arange(B, device=device)[:, None, None]
+    t = torch.arange(T, device=device)
+    return mod(b, 0, t[None, :, None], t[None, None, :])[:, None]
+
+
+_block_mask = None
+
+
+def _compiled_block_mask():
+    global _block_mask
+    if _block_mask is None:
+        _block_mask = torch.compile(create_block_mask)
+    return _block_mask
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transformer: pre-norm, rotary positions, RMSNorm, no biases. Encoder, predictor and decoder are all made of it.
+
+def rotary(positions, dim, base=10_000.0):
+    """Cosines and sines (len(positions), dim / 2) of rotary position embedding (Su et al. 2021, arXiv:2104.09864)."""
+    rate = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions.float()[:, None] * rate
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the halves of each head of x (B, H, T, dim) by the angles of its positions; computed in fp32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer of 4 D with GELU, each on a normalised copy of the residual stream."""
+
+    def __init__(self, dim, n_head, dropout, n_layer):
+        super().__init__()
+        if dim % n_head or (dim // n_head) % 2:
+            raise ValueError(f'n_embd={dim} must be an even multiple of n_head={n_head}')
+        self.n_head, self.dropout = n_head, dropout
+        self.norm1 = nn.RMSNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.norm2 = nn.RMSNorm(dim, eps=1e-6)
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.down = nn.Linear(4 * dim, dim, bias=False)
+        for layer in (self.qkv, self.up):
+            nn.init.normal_(layer.weight, std=dim ** -0.5)
+        nn.init.normal_(self.proj.weight, std=(2 * n_layer * dim) ** -0.5)  # the residual stream keeps its scale
+        nn.init.normal_(self.down.weight, std=(2 * n_layer * 4 * dim) ** -0.5)
+
+    def forward(self, x, rope, mask, cache=None):
+        """x (B, T, D); mask a BlockMask, a boolean (B, 1, T, T) or None for all; cache (keys, values, length)."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, dim)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            keys, values, length = cache
+            keys[:, :, length:length + T], values[:, :, length:length + T] = k, v
+            k, v = keys[:, :, :length + T], values[:, :, :length + T]
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = self.proj(y.transpose(1, 2).reshape(B, T, D))
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class Encoder(nn.Module):
+    """Tokens to states; what a token sees is the mask's affair, so both views share these weights."""
+
+    def __init__(self, vocab_size, n_layer, n_head, n_embd, dropout=0.0):
+        super().__init__()
+        self.head_dim = n_embd // n_head
+        self.embedding = nn.Embedding(vocab_size, n_embd)  # unit scale: smaller ones are swamped by their common mode
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
+        self.norm = nn.RMSNorm(n_embd, eps=1e-6)
+
+    def forward(self, tokens, mask):
+        """tokens (B, T), mask as in Block -> states (B, T, D)."""
+        rope = rotary(torch.arange(tokens.shape[1], device=tokens.device), self.head_dim)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        return self.norm(x)
+
+
+def sentence_mean(h, sentence, n_sentences):
+    """Mean of the states h (B, T, D) over each sentence -> fp32 (B, S, D); zero where there is no such sentence.
+
+    A matrix product, not scatter_add: that one adds in no fixed order on CUDA, and a resumed run would differ.
+    """
+    ids = torch.arange(n_sentences, device=h.device)
+    member = (sentence[:, None, :] == ids[None, :, None]).float()  # (B, S, T)
+    return (member @ h.float()) / member.sum(-1, keepdim=True).clamp(min=1)
+
+
+class Predictor(nn.Module):
+    """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
+
+    The branches of its blocks end in zeros, so it starts as the identity: it predicts "the same again".
+    """
+
+    def __init__(self, n_layer, n_head, n_embd, dropout=0.0):
+        super().__init__()
+        self.head_dim = n_embd // n_head
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
+        for block in self.blocks:
+            nn.init.zeros_(block.proj.weight)
+            nn.init.zeros_(block.down.weight)
+
+    def forward(self, c, document):
+        """c (B, S, D) concepts scaled to length sqrt(D), document (B, S) -> predictions (B, S, D) of any length."""
+        rope = rotary(torch.arange(c.shape[1], device=c.device), self.head_dim)
+        mask = build_mask(causal_view(document), document.shape, c.device)
+        for block in self.blocks:
+            c = block(c, rope, mask)
+        return c
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The space of concepts
+
+class Whitening(nn.Module):
+    """Running mean and covariance of the target's sentence means, and W = C^-1/2: concept = normalize((z - mu) W).
+
+    In a whitened space every direction has the same variance, so the mean direction, the easiest thing to predict,
+    is gone, and a collapsed model predicts nothing. Eigenvalues are floored at `floor` of their mean.
+    """
+
+    def __init__(self, dim, rate=0.99, floor=0.01):
+        super().__init__()
+        self.rate, self.floor = rate, floor
+        self.register_buffer('mean', torch.zeros(dim))
+        self.register_buffer('cov', torch.eye(dim))
+        self.register_buffer('W', torch.eye(dim))
+        self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, mean, cov):
+        """Move towards a batch's mean (D,) and covariance (D, D), the same on all ranks; the first is taken whole."""
+        weight = torch.where(self.steps == 0, 1.0, 1.0 - self.rate)
+        self.mean.lerp_(mean, weight)
+        self.cov.lerp_(cov, weight)
+        self.steps += 1
+
+    @torch.no_grad()
+    def refresh(self):
+        """Recompute W from the covariance, in fp32."""
+        value, vector = torch.linalg.eigh(self.cov.float())
+        floor = (self.floor * value.mean()).clamp(min=1e-12)
+        self.W.copy_((vector * value.clamp(min=floor).rsqrt()) @ vector.T)
+
+    def forward(self, z, mean=None):
+        """Sentence means z (..., D) -> unit-norm concepts (..., D), fp32; centred with `mean`, or the running one."""
+        with torch.autocast(z.device.type, enabled=False):
+            return F.normalize((z.float() - (self.mean if mean is None else mean)) @ self.W, dim=-1, eps=1e-6)
+
+
+def pairs(document):
+    """Boolean (B, S - 1): sentence i + 1 follows sentence i in the same document, of document (B, S)."""
+    return (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
+
+
+@dataclass
+class JEPAConfig:
+    """Architecture of encoder and predictor; saved in the checkpoint."""
+    vocab_size: int
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    predictor_layer: int = 2
+    dropout: float = 0.0
+    context: str = 'concepts'
+
+
+class JEPA(nn.Module):
+    """Encoder, its exponential moving average (the target), whitening and predictor."""
+
+    def __init__(self, config: JEPAConfig):
+        super().__init__()
+        if config.context not in ('concepts', 'tokens'):
+            raise ValueError(f"context='{config.context}': expected 'concepts' or 'tokens'")
+        self.config = config
+        self.encoder = Encoder(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
+        self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
+        self.whitening = Whitening(config.n_embd)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.target.eval()  # no dropout in the target
+        return self
+
+    def masks(self, sentence, document, flex=False):
+        """(target's mask, context's mask), built outside the compiled region; one object where they are the same."""
+        own = build_mask(sentence_view(sentence, document), sentence.shape, sentence.device, flex)
+        if self.config.context == 'concepts':
+            return own, own
+        return own, build_mask(context_view(sentence, document), sentence.shape, sentence.device, flex)
+
+    @torch.no_grad()
+    def target_means(self, tokens, sentence, n_sentences, mask):
+        """Unwhitened targets z (B, S, D), fp32, no gradient."""
+        return sentence_mean(self.target(tokens, mask), sentence, n_sentences)
+
+    def predict(self, tokens, sentence, document, mask):
+        """Predictions (B, S, D), fp32, of any length: p[:, i] of the concept of sentence i + 1."""
+        c = sentence_mean(self.encoder(tokens, mask), sentence, document.shape[1])
+        return self.predict_concepts(self.whitening(c), document)
+
+    def predict_concepts(self, concepts, document):
+        """As predict, from unit-norm concepts (B, S, D): with context='concepts' it can be fed its own predictions."""
+        return self.predictor(concepts * concepts.shape[-1] ** 0.5, document).float()
+
+    def forward(self, tokens, sentence, document, concepts, mask):
+        """Sum over pairs of 1 - cos(p[i], concept[i + 1]); concepts (B, S, D) are the batch's whitened targets."""
+        p = self.predict(tokens, sentence, document, mask)
+        cos = F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)
+        return ((1 - cos) * pairs(document)).sum()
+
+    @torch.no_grad()
+    def update_target(self, momentum):
+        """target = momentum * target + (1 - momentum) * encoder, in fp32."""
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
+
+
+def moments(zs, valid, reduce=lambda x: x):
+    """Mean (D,), covariance (D, D) and number of the vectors of `zs` (each (B, S, D)) where `valid` (each (B, S)).
+
+    `reduce` sums a tensor over all ranks. With no vector at all: zeros.
+    """
+    z = torch.cat([z[v] for z, v in zip(zs, valid)])  # (n, D)
+    n = reduce(torch.tensor(float(len(z)), device=z.device)).clamp(min=1)
+    mean = reduce(z.sum(0)) / n
+    centred = z - mean
+    return mean, reduce(centred.T @ centred) / n, n
+
+
+def momentum_at(step, total, start, end):
+    """EMA momentum, weight decay and the like: from start to end on a half cosine over `total` steps."""
+    return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
+
+
+def optimizer_groups(model, weight_decay):
+    """Parameter groups for AdamW: matrices decay; embeddings, gains and lone vectors do not. Each one, once."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay = [p for n, p in named if p.dim() >= 2 and 'embedding' not in n]
+    rest = [p for n, p in named if p.dim() < 2 or 'embedding' in n]
+    assert len(decay) + len(rest) == len({id(p) for _, p in named}), 'a parameter stands in no group or in two'
+    return [{'params': decay, 'weight_decay': weight_decay, 'decays': True},
+            {'params': rest, 'weight_decay': 0.0, 'decays': False}]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measures of a concept space that training prints too; evaluate.py has all the others.
+
+def unit(x):
+    """x (..., D) in fp32 at length 1; a zero vector stays zero."""
+    return F.normalize(x.float(), dim=-1, eps=1e-12)
+
+
+def fit_scale(p, z):
+    """The scalar that minimises sum |a p - z|^2 over rows of p, z (n, D): fitted on train pairs, used on validation."""
+    return (p * z).sum() / (p * p).sum().clamp(min=1e-12)
+
+
+def skill(p, z, mean, scale):
+    """1 - sum |scale p - z|^2 / sum |mean - z|^2 for p, z (n, D) of unit norm and the train targets' mean (D,).
+
+    Above 0: better than always predicting the mean. A constant predictor, or a collapsed space, gets 0 or less.
+    """
+    error = (scale * p - z).square().sum()
+    base = (mean - z).square().sum()
+    return (1 - error / base).item() if base > 1e-9 * len(z) else 0.0  # no variance to explain: nothing explained
+
+
+def worst_ranks(similar, true, allowed):
+    """Ranks (n,) from 1 of column true[i] among the allowed columns of similar (n, m); ties take the worst rank.
+
+    `allowed` is boolean (n, m). The tolerance covers what one matrix product rounds differently from column to column.
+    """
+    own = similar.gather(1, true[:, None])
+    beats = (similar >= own - 1e-6) & allowed
+    beats.scatter_(1, true[:, None], False)
+    return 1 + beats.sum(1)
+
+
+def rank_me(x):
+    """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of the entropy of the singular values."""
+    s = torch.linalg.svdvals(x.float())
+    if s.sum() <= 1e-6:
+        return 1.0
+    p = s / s.sum()
+    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The decoder: a concept becomes a few prefix positions of a causal transformer that writes the sentence.
+
+@dataclass
+class DecoderConfig:
+    """Architecture of the decoder; saved in the checkpoint."""
+    vocab_size: int
+    concept_dim: int
+    eos: int
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    n_prefix: int = 2
+    dropout: float = 0.0
+
+
+class Decoder(nn.Module):
+    """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.n_embd // config.n_head
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.prefix = nn.Linear(config.concept_dim, config.n_prefix * config.n_embd, bias=False)
+        nn.init.normal_(self.prefix.weight, std=0.2 * config.concept_dim ** -0.5)
+        self.no_concept = nn.Parameter(0.2 * torch.randn(config.n_prefix * config.n_embd))  # unconditional prefix
+        self.blocks = nn.ModuleList(Block(config.n_embd, config.n_head, config.dropout, config.n_layer)
+                                    for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def prefixes(self, concepts, keep=None):
+        """Unit-norm concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional prefix where not keep."""
+        x = self.prefix(concepts * self.config.concept_dim ** 0.5)
+        if keep is not None:
+            x = torch.where(keep[..., None], x, self.no_concept.to(x.dtype))
+        return x.unflatten(-1, (self.config.n_prefix, self.config.n_embd))
+
+    def layout(self, tokens, sentence):
+        """Of rows with n_prefix free positions before each sentence: place in the sentence, targets, where they count.
+
+        tokens, sentence (B, T) -> place, target, counted (B, T). The last prefix position predicts the first token,
+        each token the next one, the last one the end of the sentence.
+        """
+        place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        first = F.pad(sentence[:, 1:] != sentence[:, :-1], (1, 0), value=True)
+        place = place - torch.where(first, place, 0).cummax(1).values
+        last = F.pad(sentence[:, 1:] != sentence[:, :-1], (0, 1), value=True)
+        target = torch.where(last, self.config.eos, F.pad(tokens[:, 1:], (0, 1)))
+        return place, target, (sentence >= 0) & (place >= self.config.n_prefix - 1)
+
+    def forward(self, tokens, sentence, concepts, mask, keep=None):
+        """Cross-entropy in nats of every position (B, T), 0 where none is counted.
+
+        tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix); concepts (B, S, concept_dim); keep (B, S) or None.
+        """
+        place, target, counted = self.layout(tokens, sentence)
+        prefix = self.prefixes(concepts, keep).flatten(1, 2)  # (B, S * P, n_embd)
+        at = sentence.clamp(min=0) * self.config.n_prefix + place.clamp(max=self.config.n_prefix - 1)
+        prefix = prefix.gather(1, at[..., None].expand(-1, -1, prefix.shape[-1]))
+        x = torch.where((place < self.config.n_prefix)[..., None], prefix, self.embedding(tokens).to(prefix.dtype))
+        rope = rotary(torch.arange(tokens.shape[1], device=x.device), self.head_dim)
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        logits = self.head(self.norm(x))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction='none').view_as(target)
+        return loss * counted
+
+    @torch.inference_mode()
+    def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None, cache=True):
+        """Token ids (n, at most max_tokens) written from concepts (n, concept_dim), eos and what follows it included.
+
+        temperature 0 takes the likeliest token; otherwise samples, among the top_k likeliest (0: all) and the
+        likeliest that make up top_p of the probability. `cache=False` reads the whole prefix again for each token.
+        """
+        config, n, device = self.config, len(concepts), concepts.device
+        inputs = self.prefixes(concepts)  # (n, P, n_embd)
+        length = config.n_prefix + max_tokens
+        shape = (n, config.n_head, length, self.head_dim)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        caches = [(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
+                  for _ in self.blocks]
+        cos, sin = rotary(torch.arange(length, device=device), self.head_dim)
+        out = torch.empty(n, 0, dtype=torch.long, device=device)
+        done = torch.zeros(n, dtype=torch.bool, device=device)
+        seen, x = 0, inputs
+        while out.shape[1] < max_tokens and not done.all():
+            if not cache:
+                seen, x = 0, inputs
+            T = x.shape[1]
+            # the prefix positions come first and see each other causally, as in training
+            mask = torch.ones(T, T, dtype=torch.bool, device=device).tril() if T > 1 else None
+            h, end = x, seen + T
+            for block, (keys, values) in zip(self.blocks, caches):
+                h = block(h, (cos[seen:end], sin[seen:end]), mask, (keys, values, seen))
+            token = sample(self.head(self.norm(h[:, -1])).float(), temperature, top_k, top_p, generator)
+            out = torch.cat((out, token[:, None]), 1)
+            done |= token == config.eos
+            seen, x = end, self.embedding(token)[:, None]
+            inputs = torch.cat((inputs, x), 1) if not cache else inputs
+        return out
+
+
+def sample(logits, temperature, top_k, top_p, generator=None):
+    """One token id a row of logits (n, V); see Decoder.generate."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
+    if top_p < 1:
+        order = logits.sort(descending=True)
+        before = order.values.softmax(-1).cumsum(-1) - order.values.softmax(-1)  # mass of the likelier ones
+        logits = logits.scatter(-1, order.indices, order.values.masked_fill(before >= top_p, -torch.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: written under a temporary name, flushed, renamed; read with weights_only=True.
+
+def save_checkpoint(path, state: dict):
+    """Write `state` to `path` so that at every moment either the old or the new one lies there, whole.
+
+    Raises OSError, with the old file untouched and no half-written one left behind.
+    """
+    temporary = f'{path}.tmp{os.getpid()}'
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save({'format': FORMAT, **state}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
+        raise OSError(f"could not write the checkpoint '{path}': {str(error).splitlines()[0]}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def load_checkpoint(path, kind, device='cpu') -> dict:
+    """The state saved at `path`, a checkpoint of `kind` 'encoder' or 'decoder', or an out_dir that holds one.
+
+    Raises FileNotFoundError or ValueError, each with what to do about it.
+    """
+    if os.path.isdir(path):
+        path = os.path.join(path, f'{kind}.pt')
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no {kind} at '{path}': train one with train_{kind}.py, or give its out_dir")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}); "
+                         f'use another, such as {kind}_best.pt beside it') from error
+    if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:
+        raise ValueError(f"'{path}' does not hold a {kind} of format {FORMAT}: train it again with this version")
+    return state
+
+
+def fingerprint(jepa: JEPA) -> float:
+    """A number that tells one concept space (target and whitening) from another; a decoder remembers its encoder's."""
+    tensors = [*jepa.target.parameters(), jepa.whitening.mean, jepa.whitening.W]
+    return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What other programs use: text in, arrays or text out.
+
+def rows_by_length(sequences, batch_size):
+    """Batches of token sequences of similar length: yields (indices (n,), padded ids (n, T), lengths (n,))."""
+    lengths = np.array([len(s) for s in sequences])
+    order = np.argsort(-lengths, kind='stable')  # longest first: what does not fit in memory fails at once
+    for start in range(0, len(order), batch_size):
+        index = order[start:start + batch_size]
+        ids = np.zeros((len(index), max(lengths[index[0]], 1)), dtype=np.int64)
+        for row, i in enumerate(index):
+            ids[row, :lengths[i]] = sequences[i]
+        yield index, ids, lengths[index]
+
+
+class SentenceEncoder:
+    """Sentences to concepts, and windows of sentences to the concept expected next. From load_encoder."""
+
+    def __init__(self, jepa: JEPA, tokenizer, device='cpu', dtype='float32', max_tokens=512):
+        self.model, self.tokenizer, self.device = jepa.to(device).eval(), tokenizer, torch.device(device)
+        self.dim, self.max_tokens = jepa.config.n_embd, max_tokens
+        self.autocast = torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+
+    def encode(self, sentences, batch_size=64, show_progress_bar=None, **_) -> np.ndarray:
+        """Concepts of `sentences` (a list of str, or one str): float32 (n, d) of unit norm, in the order given.
+
+        Tokens past `max_tokens` are cut. A bar is shown on a terminal from 10,000 sentences on, or as told.
+        """
+        if isinstance(sentences, str):
+            return self.encode([sentences], batch_size, show_progress_bar)[0]
+        return self.encode_tokens(self.tokenizer.encode_batch(list(sentences)), batch_size, show_progress_bar)
+
+    @torch.inference_mode()
+    def encode_tokens(self, sequences, batch_size=64, show_progress_bar=None, context=False) -> np.ndarray:
+        """As encode, from token ids. `context=True` uses the online encoder, which the predictor reads."""
+        out = np.empty((len(sequences), self.dim), dtype=np.float32)
+        encoder = self.model.encoder if context else self.model.target
+        hide = len(sequences) < 10_000 or None if show_progress_bar is None else not show_progress_bar
+        bar = tqdm(total=len(sequences), desc='encode', unit='sentence', disable=hide, leave=False)
+        for index, ids, lengths in rows_by_length([s[:self.max_tokens] for s in sequences], batch_size):
+            tokens = torch.from_numpy(ids).to(self.device)
+            inside = np.arange(ids.shape[1]) < lengths[:, None]
+            sentence = torch.from_numpy(inside).to(self.device).long() - 1  # 0 in the sentence, -1 in padding
+            document = sentence.new_zeros(len(ids), 1)
+            with self.autocast:
+                h = encoder(tokens, build_mask(sentence_view(sentence, document), tokens.shape, self.device))
+            out[index] = self.model.whitening(sentence_mean(h, sentence, 1)[:, 0]).cpu().numpy()
+            bar.update(len(index))
+        bar.close()
+        return out
+
+    def predict(self, sentences) -> np.ndarray:
+        """The concept expected after `sentences` (a list of str, oldest first): float32 (d,), unit norm.
+
+        Raises ValueError on an empty list.
+        """
+        if not sentences:
+            raise ValueError('predict needs at least one sentence')
+        return self.predict_windows(self.tokenizer.encode_batch(list(sentences)), [(0, len(sentences))])[0]
+
+    @torch.inference_mode()
+    def predict_windows(self, sequences, windows, batch_size=64) -> np.ndarray:
+        """The concept expected after sequences[start:end], for each (start, end) of `windows`: (n, d), unit norm.
+
+        `sequences` are the token ids of sentences; a window, not empty, counts as one document.
+        """
+        sequences = [s[:self.max_tokens] for s in sequences]
+        out = np.empty((len(windows), self.dim), dtype=np.float32)
+        if self.model.config.context == 'concepts':
+            return self.roll(self.encode_tokens(sequences, batch_size, context=True), windows, batch_size)
+        texts = [np.concatenate(sequences[a:b]) for a, b in windows]
+        for index, ids, _ in rows_by_length(texts, batch_size):
+            sentence = np.full(ids.shape, -1, dtype=np.int64)
+            document = np.full((len(index), max(windows[i][1] - windows[i][0] for i in index)), -1, dtype=np.int64)
+            for row, i in enumerate(index):
+                a, b = windows[i]
+                of = np.repeat(np.arange(b - a), [len(s) for s in sequences[a:b]])
+                sentence[row, :len(of)], document[row, :b - a] = of, 0
+            tokens, sentence, document = (torch.from_numpy(x).to(self.device) for x in (ids, sentence, document))
+            with self.autocast:
+                p = self.model.predict(tokens, sentence, document, self.model.masks(sentence, document)[1])
+            out[index] = self._last(p, document)
+        return out
+
+    @torch.inference_mode()
+    def roll(self, concepts, windows, batch_size=256) -> np.ndarray:
+        """As predict_windows, from concepts (n, d): needs context='concepts'. Predictions may be fed back as concepts."""
+        if self.model.config.context != 'concepts':
+            raise ValueError("this model reads tokens (context='tokens'): it cannot be rolled forward without text")
+        out = np.empty((len(windows), self.dim), dtype=np.float32)
+        for start in range(0, len(windows), batch_size):
+            part = windows[start:start + batch_size]
+            width = max(b - a for a, b in part)
+            at = np.array([[min(a + j, b - 1) for j in range(width)] for a, b in part])
+            used = np.array([[j < b - a for j in range(width)] for a, b in part])
+            document = torch.from_numpy(used).to(self.device).long() - 1
+            with self.autocast:
+                p = self.model.predict_concepts(torch.from_numpy(concepts[at]).to(self.device), document)
+            out[start:start + len(part)] = self._last(p, document)
+        return out
+
+    @staticmethod
+    def _last(p, document):
+        """Of predictions p (B, S, D), those after each row's last sentence, at unit norm, as numpy (B, D)."""
+        last = (document >= 0).sum(1) - 1
+        return unit(p[torch.arange(len(p), device=p.device), last]).cpu().numpy()
+
+
+class ConceptDecoder:
+    """Concepts to sentences. From load_decoder."""
+
+    def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32', encoder_fingerprint=None):
+        self.model, self.tokenizer, self.device = decoder.to(device).eval(), tokenizer, torch.device(device)
+        self.autocast = torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+        self.encoder_fingerprint = encoder_fingerprint
+
+    def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0):
+        """list[str]: a sentence for each of the concepts (n, d), numpy or tensor; the same seed samples the same."""
+        concepts = torch.as_tensor(np.asarray(concepts), dtype=torch.float32)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        texts = []
+        for start in range(0, len(concepts), batch_size):
+            with self.autocast:
+                ids = self.model.generate(unit(concepts[start:start + batch_size]).to(self.device), max_tokens,
+                                          temperature, top_k, top_p, generator)
+            for row in ids.tolist():
+                end = row.index(self.model.config.eos) if self.model.config.eos in row else len(row)
+                texts.append(self.tokenizer.decode(row[:end]))
+        return texts
+
+    @torch.inference_mode()
+    def nll(self, sequences, concepts=None, batch_size=64) -> np.ndarray:
+        """Nats (n,) that each token sequence costs given its concept (n, d), its end included; None: no concept."""
+        config, out = self.model.config, np.empty(len(sequences))
+        if concepts is None:
+            concepts, conditional = np.zeros((len(sequences), config.concept_dim), np.float32), False
+        else:
+            concepts, conditional = np.asarray(concepts, np.float32), True
+        for index, ids, lengths in rows_by_length(sequences, batch_size):
+            tokens = F.pad(torch.from_numpy(ids), (config.n_prefix, 0)).to(self.device)
+            inside = np.arange(tokens.shape[1]) < lengths[:, None] + config.n_prefix
+            sentence = torch.from_numpy(inside).to(self.device).long() - 1
+            given = unit(torch.from_numpy(concepts[index]).to(self.device))[:, None]
+            keep = torch.full((len(index), 1), conditional, device=self.device)
+            mask = build_mask(causal_view(sentence), tokens.shape, self.device)
+            with self.autocast:
+                loss = self.model(tokens, sentence, given, mask, keep)
+            out[index] = loss.double().sum(1).cpu().numpy()
+        return out
+
+
+def load_encoder(path, device='cpu', dtype='float32') -> SentenceEncoder:
+    """The encoder saved at `path` (a file, or an out_dir). Raises FileNotFoundError or ValueError."""
+    from prepare import load_tokenizer  # the tokenizer travels in the checkpoint; only text needs it
+    state = load_checkpoint(path, 'encoder', device)
+    jepa = JEPA(JEPAConfig(**state['config']))
+    jepa.load_state_dict(state['model'])
+    return SentenceEncoder(jepa, load_tokenizer(state['tokenizer']), device, dtype)
+
+
+def load_decoder(path, device='cpu', dtype='float32') -> ConceptDecoder:
+    """The decoder saved at `path` (a file, or an out_dir). Raises FileNotFoundError or ValueError."""
+    from prepare import load_tokenizer
+    state = load_checkpoint(path, 'decoder', device)
+    decoder = Decoder(DecoderConfig(**state['config']))
+    decoder.load_state_dict(state['model'])
+    return ConceptDecoder(decoder, load_tokenizer(state['tokenizer']), device, dtype, state['encoder_fingerprint'])
