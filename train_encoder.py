@@ -1,0 +1,452 @@
+"""Train encoder and predictor: from the sentences so far, the embedding of the next one.
+
+    python train_encoder.py config/encoder_demo.py --learning_rate=5e-4
+    torchrun --nproc_per_node=8 train_encoder.py config/encoder_fineweb.py
+    python train_encoder.py config/encoder_demo.py --init_from=resume
+
+Writes to out_dir: encoder.pt (newest), encoder_best.pt (highest validation MRR), metrics.csv, config.json.
+"""
+
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from prepare import Corpus
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import model as lib
+from config import override
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: override with a preset (config/encoder_*.py) and --name=value
+# in and out
+data_dir = 'data/fineweb-edu'  # what prepare.py wrote
+out_dir = 'out/fineweb'
+init_from = 'scratch'  # 'scratch' or 'resume'
+eval_interval = 500  # steps between evaluations, each followed by a checkpoint
+log_interval = 10  # steps between lines in metrics.csv
+eval_iters = 16  # validation batches an evaluation
+wandb_log = False  # needs `pip install wandb`
+wandb_project = 'lang-jepa'
+wandb_run_name = 'encoder'
+# data: a step reads gradient_accumulation_steps * batch_size rows of block_size tokens, over all ranks together
+batch_size = 16  # rows in a micro-batch
+block_size = 1024  # tokens in a row: whole sentences, of one or more documents
+max_sentences = 0  # sentences in a row at most; 0: block_size / 8
+gradient_accumulation_steps = 1  # micro-batches a step, shared among the ranks
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+predictor_layer = 4
+dropout = 0.0
+context = 'concepts'  # the predictor's input: sentences encoded alone, or 'tokens': each with all before it
+# target: moving average of the encoder, whitened
+ema_start = 0.99  # momentum, on a half cosine to ema_end
+ema_end = 0.999
+whiten_rate = 0.99  # how much of the running covariance is kept a step
+whiten_floor = 0.01  # eigenvalues below this share of their mean are raised to it
+whiten_interval = 10  # steps between recomputations of C^-1/2
+# optimizer: AdamW
+learning_rate = 6e-4
+max_iters = 100_000
+weight_decay = 0.05  # on a half cosine to weight_decay_end
+weight_decay_end = 0.05
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # 0: no clipping
+decay_lr = True
+warmup_iters = 1000
+lr_decay_iters = 0  # 0: max_iters
+min_lr = 0.0  # 0: a tenth of learning_rate
+# system
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; auto: cuda where there is one
+dtype = 'auto'  # 'float32' or 'bfloat16' (autocast); auto: bfloat16 where the hardware multiplies it faster
+compile = True
+seed = 1337
+settings = override(globals())
+
+# ---------------------------------------------------------------------------------------------------------------
+# Setup: ranks, device, data
+
+
+def stop(message):
+    """End with one line on standard error and exit code 1."""
+    raise SystemExit(f'train_encoder.py: {message}')
+
+
+ddp = 'RANK' in os.environ
+rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+if ddp:
+    if device == 'cuda':
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+device_type = torch.device(device).type
+master = rank == 0
+if dtype == 'auto':
+    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_amx_tile_supported()
+    dtype = 'bfloat16' if fast else 'float32'
+if dtype not in ('float32', 'bfloat16'):
+    stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
+if gradient_accumulation_steps % world_size:
+    stop(f'{world_size} ranks cannot share --gradient_accumulation_steps={gradient_accumulation_steps} evenly')
+autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+torch.set_float32_matmul_precision('high')
+flex = device_type == 'cuda' and compile  # FlexAttention has no backward on CPU
+max_sentences = max_sentences or block_size // 8
+lr_decay_iters, min_lr = lr_decay_iters or max_iters, min_lr or learning_rate / 10
+
+try:
+    train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
+except (OSError, ValueError) as error:
+    stop(error)
+rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences}
+
+
+def to_device(batch):
+    """tokens, sentence, document of a numpy batch, on the device."""
+    tensors = [torch.from_numpy(batch[k]) for k in ('tokens', 'sentence', 'document')]
+    if device_type == 'cuda':
+        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return tensors
+
+
+def micro_batches(step):
+    """This rank's share of the step's micro-batches: a pure function of (seed, step, rank, world size)."""
+    n = gradient_accumulation_steps
+    return [train_data.batch(step, **rows, seed=seed, rank=i, world_size=n) for i in range(rank, n, world_size)]
+
+
+def all_sum(x):
+    """Sum of a tensor over all ranks."""
+    if ddp:
+        dist.all_reduce(x)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model: scratch or resume
+
+architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer': n_layer, 'n_head': n_head,
+                'n_embd': n_embd, 'predictor_layer': predictor_layer, 'dropout': dropout, 'context': context}
+checkpoint_path = os.path.join(out_dir, 'encoder.pt')
+metrics_path = os.path.join(out_dir, 'metrics.csv')
+torch.manual_seed(seed)
+try:
+    model = lib.JEPA(lib.JEPAConfig(**architecture))
+except ValueError as error:
+    stop(error)
+model.whitening.rate, model.whitening.floor = whiten_rate, whiten_floor
+model.to(device)
+optimizer = torch.optim.AdamW(lib.optimizer_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2),
+                              fused=True)
+step, best_mrr, metrics_bytes, seen_tokens = 0, -1.0, 0, 0
+if init_from == 'resume':
+    try:
+        state = lib.load_checkpoint(checkpoint_path, 'encoder', device)
+    except (OSError, ValueError) as error:
+        stop(error)
+    for name, value in architecture.items():
+        if state['config'][name] != value and name != 'dropout':
+            stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
+                 f'set it back, or train from scratch in another --out_dir')
+    if master:
+        for name in sorted(settings.keys() & state['settings'].keys() - {'init_from'}):
+            if settings[name] != state['settings'][name]:
+                print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
+    model.load_state_dict(state['model'])
+    optimizer.load_state_dict(state['optimizer'])
+    step, best_mrr = state['step'], state['best_mrr']
+    metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
+    del state
+elif init_from != 'scratch':
+    stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
+elif os.path.exists(checkpoint_path):
+    stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')
+
+compiled = torch.compile(model) if compile else model
+target_means = torch.compile(model.target_means) if compile else model.target_means
+parallel = DistributedDataParallel(compiled, broadcast_buffers=False) if ddp else compiled
+
+
+def masks(sentence, document):
+    """(target's mask, context's mask)."""
+    return model.masks(sentence, document, flex)
+
+
+def whiten(zs, documents):
+    """Take the moments of the sentence means `zs` over all ranks into the running ones; returns the batch's mean."""
+    mean, cov, _ = lib.moments(zs, [d >= 0 for d in documents], all_sum)
+    model.whitening.update(mean, cov)
+    return mean
+
+
+if init_from == 'scratch':  # the space is whitened before the first step, with an average over several batches
+    with torch.no_grad(), autocast:
+        for i in range(8):
+            batches = [to_device(b) for b in micro_batches(i)]
+            zs = [model.target_means(t, s, d.shape[1], masks(s, d)[0]) for t, s, d in batches]
+            whiten(zs, [d for _, _, d in batches])
+    model.whitening.refresh()
+
+# ---------------------------------------------------------------------------------------------------------------
+# Schedules: functions of the step, so that a resumed run needs no state of theirs
+
+
+def lr_at(step):
+    """Learning rate: linear warm-up, then a half cosine to min_lr."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if not decay_lr:
+        return learning_rate
+    ratio = min((step - warmup_iters) / max(lr_decay_iters - warmup_iters, 1), 1.0)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation: what tells learning from collapse
+
+
+@torch.no_grad()
+def neighbours(corpus, n):
+    """Of the pairs in n batches: predictions, true next and last concepts (pairs, D); documents, places (pairs,)."""
+    parts = []
+    for i in range(n):
+        tokens, sentence, document = to_device(corpus.batch(i, **rows, rank=rank, world_size=world_size))
+        own, context_mask = masks(sentence, document)
+        with autocast:
+            z = model.whitening(model.target_means(tokens, sentence, document.shape[1], own))
+            p = lib.unit(model.predict(tokens, sentence, document, context_mask))
+        row, place = lib.pairs(document).nonzero(as_tuple=True)
+        key = (i * len(tokens) + row) * document.shape[1] + document[row, place]
+        parts.append((p[row, place], z[row, place + 1], z[row, place], key, place))
+    return [torch.cat(x) for x in zip(*parts)]
+
+
+def reciprocal_ranks(p, z, document, place):
+    """Reciprocal ranks of z[i] given p[i]: among the other documents' z, and among its own document's outside the
+    window of the 8 sentences before; and chance of the latter. Each (n,), on at most 1,000 pairs spread evenly."""
+    at = torch.linspace(0, len(p) - 1, min(len(p), 1000), device=p.device).long()
+    similar, same = p[at] @ z.T, document[at, None] == document
+    distance = place - place[at, None]
+    inside = same & ((distance > 0) | (distance < -8))
+    corpus_rr = 1 / lib.worst_ranks(similar, at, ~same).float()
+    document_rr = 1 / lib.worst_ranks(similar, at, inside).float()
+    harmonic = torch.arange(1, len(z) + 1, device=p.device, dtype=torch.float32).reciprocal().cumsum(0)
+    m = 1 + inside.sum(1)
+    return corpus_rr, document_rr, harmonic[m - 1] / m
+
+
+def evaluate():
+    """Validation measures as a dict of floats, the same on all ranks; 'copy' is copy-last, the baseline."""
+    model.eval()
+    p, z, last, document, place = neighbours(train_data, max(eval_iters // 4, 1))
+    mean, scale, copy_scale = z.mean(0), lib.fit_scale(p, z), lib.fit_scale(last, z)
+    p, z, last, document, place = neighbours(val_data, eval_iters)
+    rr, doc_rr, chance = reciprocal_ranks(p, z, document, place)
+    copy_rr, doc_copy_rr, _ = reciprocal_ranks(last, z, document, place)
+    other = torch.roll(torch.arange(len(z), device=z.device), len(z) // 2)
+    unrelated = ((p * z[other]).sum(1))[document != document[other]]
+    values = {
+        'val_loss': (1 - (p * z).sum(1)).mean(), 'val_cos': (p * z).sum(1).mean(),
+        'val_cos_unrelated': unrelated.mean() if len(unrelated) else torch.zeros(()),
+        'val_skill': lib.skill(p, z, mean, scale), 'val_copy_skill': lib.skill(last, z, mean, copy_scale),
+        'val_rank': lib.rank_me(z - z.mean(0)), 'val_mrr': rr.mean(), 'val_copy_mrr': copy_rr.mean(),
+        'val_doc_mrr': doc_rr.mean(), 'val_doc_copy_mrr': doc_copy_rr.mean(), 'val_doc_chance': chance.mean(),
+    }
+    total = all_sum(torch.tensor([float(v) for v in values.values()], dtype=torch.float64)) / world_size
+    model.train()
+    return dict(zip(values, total.tolist()))
+
+
+def collapse_warning(v):
+    """In words, what looks like collapse in the evaluation `v`; '' where nothing does."""
+    signs = []
+    if v['val_cos_unrelated'] > 0.5:
+        signs.append(f"predictions point at unrelated sentences too (cosine {v['val_cos_unrelated']:.2f})")
+    if v['val_rank'] < 0.1 * n_embd:
+        signs.append(f"concepts fill {v['val_rank']:.0f} of {n_embd} dimensions")
+    if v['val_skill'] <= 0 and step > warmup_iters:
+        signs.append('predictions are no better than the mean concept')
+    return ' and '.join(signs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing: metrics.csv, checkpoints
+
+COLUMNS = ['step', 'tokens', 'seconds', 'lr', 'ema', 'loss', 'grad_norm', 'tokens_per_s', 'predictions_per_s',
+           'val_loss', 'val_skill', 'val_copy_skill', 'val_cos', 'val_cos_unrelated', 'val_rank', 'val_mrr',
+           'val_copy_mrr', 'val_doc_mrr', 'val_doc_copy_mrr', 'val_doc_chance']
+
+
+def log(row):
+    """Append a row to metrics.csv; cells that were not measured stay blank."""
+    with open(metrics_path, 'a', newline='', encoding='utf-8') as f:
+        csv.DictWriter(f, COLUMNS).writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+    if wandb_log:
+        wandb.log(row, step=row['step'])
+
+
+def save(name):
+    """Write the state after `step` steps to out_dir/name, whole or not at all."""
+    lib.save_checkpoint(os.path.join(out_dir, name), {
+        'kind': 'encoder', 'config': asdict(model.config), 'model': model.state_dict(),
+        'optimizer': optimizer.state_dict(), 'tokenizer': train_data.tokenizer_spec, 'settings': settings, 'step': step,
+        'best_mrr': best_mrr, 'metrics_bytes': os.path.getsize(metrics_path), 'seen_tokens': seen_tokens})
+
+
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
+            json.dump(settings, f, indent=1)
+        if step == 0:
+            with open(metrics_path, 'w', newline='', encoding='utf-8') as f:
+                csv.DictWriter(f, COLUMNS).writeheader()
+        else:
+            os.truncate(metrics_path, metrics_bytes)  # rows of steps that were lost are written again
+    except OSError as error:
+        stop(f'cannot write to {out_dir}: {error.strerror}')
+    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f'{n_params / 1e6:.1f}M parameters, {train_data.n_tokens / 1e6:.1f}M tokens of training data, '
+          f'{gradient_accumulation_steps * batch_size * block_size:,} tokens a step, {world_size} x {device}, {dtype}'
+          f'{", compiled" if compile else ""}')
+    if wandb_log:
+        import wandb
+        wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loop
+
+interrupted = 0  # the signal that asked to stop
+
+
+def on_signal(number, frame):
+    """Ask the loop to save and stop; a second signal stops at once."""
+    global interrupted
+    if interrupted:
+        sys.exit(128 + number)
+    interrupted = number
+
+
+def run():
+    """Train to max_iters; returns the signal that stopped it, or 0."""
+    global step, best_mrr, seen_tokens
+    loader = ThreadPoolExecutor(1)  # cuts the next batch while this one is computed
+    upcoming = loader.submit(micro_batches, step)
+    bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
+    start = since = time.time()
+    tokens_since = pairs_since = 0
+    while True:
+        if step % eval_interval == 0 or step == max_iters:
+            began, values = time.time(), evaluate()
+            if master:
+                left = (began - start) / max(step - first_step, 1) * (max_iters - step)
+                tqdm.write(f'step {step}: loss {values["val_loss"]:.3f} | skill {values["val_skill"]:.3f} (copy '
+                           f'{values["val_copy_skill"]:.3f}) | cos {values["val_cos"]:.3f}, unrelated '
+                           f'{values["val_cos_unrelated"]:.3f} | rank {values["val_rank"]:.0f}/{n_embd} | MRR '
+                           f'{values["val_mrr"]:.3f} (copy {values["val_copy_mrr"]:.3f}) | in document '
+                           f'{values["val_doc_mrr"]:.3f} (copy {values["val_doc_copy_mrr"]:.3f}, chance '
+                           f'{values["val_doc_chance"]:.3f}) | {left / 60:.0f} min left', file=sys.stdout)
+                if collapse_warning(values):
+                    tqdm.write(f'  this looks like collapse: {collapse_warning(values)}', file=sys.stdout)
+                if step == first_step == 0 or step > first_step:
+                    log({'step': step, 'tokens': seen_tokens, **values})
+                if step > first_step:
+                    if values['val_mrr'] > best_mrr:
+                        best_mrr = values['val_mrr']
+                        save('encoder_best.pt')
+                    save('encoder.pt')
+            since += time.time() - began
+        if step >= max_iters:
+            break
+
+        batches = [to_device(b) for b in upcoming.result()]
+        upcoming = loader.submit(micro_batches, step + 1)
+        if dropout:
+            torch.manual_seed(hash((seed, step, rank)))  # no generator state to save
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step)
+            if group['decays']:
+                group['weight_decay'] = lib.momentum_at(step, max_iters, weight_decay, weight_decay_end)
+
+        # targets of all micro-batches first: they are centred and whitened together
+        views = [masks(s, d) for _, s, d in batches]
+        with torch.no_grad(), autocast:
+            zs = [target_means(t, s, d.shape[1], own) for (t, s, d), (own, _) in zip(batches, views)]
+        mean = whiten(zs, [d for _, _, d in batches])
+        if step % whiten_interval == 0:
+            model.whitening.refresh()
+        counts = all_sum(torch.tensor([sum(lib.pairs(d).sum() for _, _, d in batches),
+                                       sum((s >= 0).sum() for _, s, _ in batches), float(bool(interrupted))],
+                                      dtype=torch.float64, device='cpu' if device_type == 'cpu' else device))
+        n_pairs = counts[0].clamp(min=1).float()
+
+        loss = torch.zeros((), device=device)
+        for i, ((tokens, sentence, document), z, (_, context_mask)) in enumerate(zip(batches, zs, views)):
+            sync = nullcontext() if not ddp or i == len(batches) - 1 else parallel.no_sync()
+            with sync:
+                with autocast:
+                    part = parallel(tokens, sentence, document, model.whitening(z, mean), context_mask) / n_pairs
+                (part * world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema = lib.momentum_at(step, max_iters, ema_start, ema_end)
+        model.update_target(ema)
+        step += 1
+
+        seen, stopping = int(counts[1]), counts[2] > 0
+        seen_tokens += seen
+        tokens_since, pairs_since = tokens_since + seen, pairs_since + int(counts[0])
+        bar.update(1)
+        if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
+            total = all_sum(torch.stack([loss, norm])).tolist()
+            if not all(map(math.isfinite, total)):
+                stop(f'step {step}: loss {total[0]:.3g}, gradient norm {total[1]:.3g}: not finite. The checkpoint in '
+                     f'{out_dir} is older and whole; try a lower --learning_rate')
+            if master:
+                now = time.time()
+                log({'step': step, 'tokens': seen_tokens, 'seconds': now - start, 'lr': lr_at(step - 1), 'ema': ema,
+                     'loss': total[0], 'grad_norm': total[1] / world_size, 'tokens_per_s': tokens_since / (now - since),
+                     'predictions_per_s': pairs_since / (now - since)})
+                bar.set_postfix_str(f'loss {total[0]:.3f}, {tokens_since / (now - since):,.0f} tokens/s')
+                since, tokens_since, pairs_since = now, 0, 0
+        if stopping:
+            if master:
+                save('encoder.pt')
+            break
+    bar.close()
+    upcoming.cancel()
+    loader.shutdown()
+    return interrupted or (signal.SIGTERM if step < max_iters else 0)
+
+
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+first_step = step
+model.train()
+try:
+    stopped = run()
+except OSError as error:
+    stop(error)
+if ddp:
+    dist.destroy_process_group()
+if stopped:
+    if master:
+        print(f'stopped at step {step}, saved to {checkpoint_path}: go on with --init_from=resume')
+    sys.exit(128 + stopped)
