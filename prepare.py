@@ -479,7 +479,7 @@ def tokenizer_spec(s, rank):
     if s['tokenizer'].startswith('bpe:') and loaded.n_vocab != int(s['tokenizer'][4:]):
         spec['note'] = f'the text yields {loaded.n_vocab} tokens, fewer than asked'
     probe = json.dumps([loaded.n_vocab, loaded.encode_batch(['The quick brown fox, 1234; naïve Ünïcode 你好.'])])
-    ranks = open(path, encoding='ascii').read() if os.path.exists(path) else ''
+    ranks = open(path, encoding='ascii').read() if os.path.exists(path) else ''  # noqa: SIM115
     return spec | {'n_vocab': loaded.n_vocab, 'sha256': hashlib.sha256((probe + ranks).encode()).hexdigest()}
 
 
