@@ -530,12 +530,20 @@ def prepare(s):
         write_json(progress_path, progress)
 
     def take():
+        nonlocal saved
         parts, counts, n = flying.popleft().get()
+        closed = False
         for split, part in parts.items():
             writers[split].add(*part)
+            if writers[split].state['tokens'] >= s['shard_tokens']:  # after the chunk that filled it, whatever num_proc
+                writers[split].close()
+                closed = True
         for k, v in counts.items():
             progress['counts'][k] = progress['counts'].get(k, 0) + v
         progress['read'] += n
+        if closed or time.time() - saved > 30:
+            save_progress()
+            saved = time.time()
         bar.update(n)
         megabytes = progress['counts']['characters'] / 1e6
         tokens = writers['train'].state['tokens']
@@ -547,12 +555,6 @@ def prepare(s):
                 flying.append(pool.apply_async(work, (chunk, s['max_sentence_tokens'], s['val_fraction'], dtype)))
                 if len(flying) > 4 * processes:  # bounded: memory stays flat whatever the corpus's size
                     take()
-                full = [w for w in writers.values() if w.state['tokens'] >= s['shard_tokens']]
-                for w in full:
-                    w.close()
-                if full or time.time() - saved > 30:
-                    save_progress()
-                    saved = time.time()
             while flying:
                 take()
             for w in writers.values():

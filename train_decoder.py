@@ -21,12 +21,12 @@ from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
-from prepare import Corpus
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import model as lib
 from config import override
+from prepare import Corpus
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: override with a preset (config/decoder_*.py) and --name=value

@@ -1,0 +1,42 @@
+"""The repository's root on the path, and a small prepared corpus that the tests share."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+WORDS = ['river', 'stone', 'cloud', 'garden', 'letter', 'winter', 'market', 'window', 'shadow', 'bridge', 'copper', 'lantern', 'harbour', 'thistle']
+
+
+def run(script, *args, check=True, **environment):
+    """Run one of the scripts as a user would."""
+    done = subprocess.run([sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '2', **environment})
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope='session')
+def texts():
+    """200 documents of 3 to 12 sentences, each about words of its own."""
+    out = []
+    for d in range(200):
+        a, b = WORDS[d % 14], WORDS[(d * 5 + 3) % 14]
+        out.append(' '.join(f'The {a} number {d} of part {s} stood near the {b} for {s * d % 17} long days.'
+                            for s in range(3 + d % 10)))
+    return out
+
+
+@pytest.fixture(scope='session')
+def corpus_dir(tmp_path_factory, texts):
+    """The texts as prepare.py writes them, in several shards."""
+    folder = tmp_path_factory.mktemp('corpus')
+    source = folder / 'docs.jsonl'
+    source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+    run('prepare.py', f'--dataset={source}', f'--data_dir={folder}/data', '--tokenizer=bpe:400', '--val_fraction=0.2',
+        '--shard_tokens=2000', '--num_proc=1')
+    return str(folder / 'data')

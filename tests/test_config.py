@@ -1,0 +1,43 @@
+"""config.override: presets and --name=value, and what a mistake says."""
+
+import pytest
+
+from config import override
+
+
+def names():
+    return {'rate': 0.1, 'steps': 10, 'name': 'a', 'fast': True, '_private': 1, '__file__': __file__, 'CONSTANT': 2}
+
+
+def test_values_keep_their_types():
+    given = override(names(), ['--rate=1', '--steps=20', '--name=x=y', '--fast=false'])
+    assert given == {'rate': 1.0, 'steps': 20, 'name': 'x=y', 'fast': False}
+    assert type(given['rate']) is float
+
+
+def test_presets_and_flags_apply_in_order(tmp_path):
+    preset = tmp_path / 'p.py'
+    preset.write_text('import math\n_half = 4\nsteps = 2 * _half\nrate = 1\n')
+    scope = names()
+    override(scope, [str(preset), '--rate=3'])
+    assert (scope['steps'], scope['rate'], scope['_private']) == (8, 3.0, 1)
+    assert override(names(), ['--rate=3', str(preset)])['rate'] == 1.0
+
+
+@pytest.mark.parametrize(('argument', 'says'), [
+    ('--stepz=1', "did you mean 'steps'"), ('--steps=1.5', 'expected int'), ('--fast=maybe', 'expected True or False'),
+    ('steps=1', 'cannot read'), ('missing.py', 'no preset'), ('--zzzzzzzz=1', '--help')])
+def test_mistakes_stop_with_one_line(argument, says):
+    with pytest.raises(SystemExit) as stopped:
+        override(names(), [argument])
+    assert says in str(stopped.value)
+    assert '\n' not in str(stopped.value)
+
+
+@pytest.mark.parametrize(('line', 'says'), [('stepz = 1', "did you mean 'steps'"), ("steps = '1'", 'expected int'),
+                                            ('1 +', 'does not run')])
+def test_a_preset_is_checked_alike(tmp_path, line, says):
+    preset = tmp_path / 'p.py'
+    preset.write_text(line + '\n')
+    with pytest.raises(SystemExit, match=says):
+        override(names(), [str(preset)])

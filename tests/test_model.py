@@ -1,0 +1,230 @@
+"""model.py: masks, leaks, whitening, measures, decoder, checkpoints."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import model as lib
+from prepare import Corpus
+
+
+def jepa(context='concepts', vocab=400):
+    torch.manual_seed(0)
+    net = lib.JEPA(lib.JEPAConfig(vocab, n_layer=2, n_head=2, n_embd=32, predictor_layer=2, context=context)).eval()
+    for block in net.predictor.blocks:  # away from the identity, so that the predictor's own paths are tested too
+        torch.nn.init.normal_(block.proj.weight, std=0.1)
+        torch.nn.init.normal_(block.down.weight, std=0.1)
+    return net
+
+
+@pytest.fixture
+def batch(corpus_dir):
+    rows = Corpus(corpus_dir, 'train').batch(0, 3, 128, 12)
+    return [torch.from_numpy(rows[k]) for k in ('tokens', 'sentence', 'document')]
+
+
+def predict(net, tokens, sentence, document):
+    return net.predict(tokens, sentence, document, net.masks(sentence, document)[1])
+
+
+@pytest.mark.parametrize('view', ['sentence', 'context', 'causal'])
+def test_masks_against_brute_force(batch, view):
+    _, sentence, document = batch
+    mod = {'sentence': lib.sentence_view(sentence, document), 'context': lib.context_view(sentence, document),
+           'causal': lib.causal_view(sentence)}[view]
+    mask = lib.build_mask(mod, sentence.shape, 'cpu')
+    s, d = sentence.tolist(), document.tolist()
+    for b in range(len(s)):
+        for q in range(len(s[b])):
+            for k in range(len(s[b])):
+                i, j = s[b][q], s[b][k]
+                of = [d[b][x] if x >= 0 else -1 for x in (i, j)]
+                expected = {'sentence': i == j, 'context': of[0] == of[1] and j <= i, 'causal': i == j and k <= q}[view]
+                assert mask[b, 0, q, k].item() == expected
+
+
+@pytest.mark.parametrize('view', ['sentence', 'context'])
+def test_both_attention_paths_agree(batch, view):
+    _, sentence, document = batch
+    mod = (lib.sentence_view if view == 'sentence' else lib.context_view)(sentence, document)
+    q, k, v = torch.randn(3, len(sentence), 2, sentence.shape[1], 16)
+    block = create_block_mask(mod, len(sentence), None, *[sentence.shape[1]] * 2, device='cpu')
+    mask = lib.build_mask(mod, sentence.shape, 'cpu')
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.no_grad():
+        assert torch.allclose(flex_attention(q, k, v, block_mask=block), dense, atol=1e-5)
+
+
+@pytest.mark.parametrize('context', ['concepts', 'tokens'])
+def test_no_later_sentence_moves_a_prediction(batch, context):
+    tokens, sentence, document = batch
+    net = jepa(context)
+    with torch.no_grad():
+        before = predict(net, tokens, sentence, document)
+        for i in (0, 2, 5):
+            changed = torch.where(sentence > i, (tokens + 7) % 400, tokens)
+            after = predict(net, changed, sentence, document)
+            assert torch.equal(before[:, :i + 1], after[:, :i + 1])
+            assert not torch.equal(before[:, i + 1], after[:, i + 1])
+
+
+def test_targets_see_only_their_sentence(batch):
+    tokens, sentence, document = batch
+    net = jepa('tokens')
+    own, _ = net.masks(sentence, document)
+    before = net.target_means(tokens, sentence, document.shape[1], own)
+    after = net.target_means(torch.where(sentence == 3, tokens, (tokens + 7) % 400), sentence, document.shape[1], own)
+    assert torch.equal(before[:, 3], after[:, 3])
+    assert not torch.equal(before[:, 2], after[:, 2])
+
+
+def test_the_predictor_starts_as_the_identity():
+    net = lib.JEPA(lib.JEPAConfig(400, n_layer=1, n_head=2, n_embd=32)).eval()
+    c = lib.unit(torch.randn(2, 5, 32))
+    assert torch.allclose(lib.unit(net.predict_concepts(c, torch.zeros(2, 5, dtype=torch.long))), c, atol=1e-6)
+
+
+def test_whitening_gives_unit_covariance():
+    torch.manual_seed(1)
+    z = torch.randn(20_000, 24) @ torch.randn(24, 24) + 5
+    w = lib.Whitening(24, floor=1e-6)
+    mean, cov, n = lib.moments([z[None]], [torch.ones(1, len(z), dtype=torch.bool)])
+    w.update(mean, cov)
+    w.refresh()
+    white = (z - w.mean) @ w.W
+    assert n == 20_000
+    assert torch.allclose(torch.cov(white.T), torch.eye(24), atol=0.02)
+
+
+def test_whitening_of_a_constant_batch_stays_finite():
+    w = lib.Whitening(8)
+    mean, cov, _ = lib.moments([torch.ones(1, 50, 8)], [torch.ones(1, 50, dtype=torch.bool)])
+    w.update(mean, cov)
+    w.refresh()
+    assert torch.isfinite(w(torch.ones(3, 8))).all()
+
+
+def test_a_constant_model_scores_nothing():
+    z = lib.unit(torch.ones(50, 8))
+    ranks = lib.worst_ranks(z @ z.T, torch.arange(50), ~torch.eye(50, dtype=torch.bool))
+    assert (ranks == 50).all()
+    assert lib.skill(z, z, z.mean(0), 1.0) == 0
+    assert lib.rank_me(z - z.mean(0)) == pytest.approx(1, abs=1e-3)
+    true = lib.unit(torch.randn(50, 8))
+    assert (lib.worst_ranks(z @ true.T * 0, torch.arange(50), torch.ones(50, 50, dtype=torch.bool)) == 50).all()
+    assert lib.skill(z, true, true.mean(0), lib.fit_scale(z, true)) <= 0
+
+
+def test_ranks_against_brute_force():
+    torch.manual_seed(2)
+    p, z, allowed = torch.randn(40, 6), torch.randn(30, 6), torch.rand(40, 30) > 0.4
+    true = torch.randint(30, (40,))
+    similar = (p.double() @ z.double().T).tolist()
+    expected = [1 + sum(similar[i][j] >= similar[i][t] for j in range(30) if j != t and allowed[i, j])
+                for i, t in enumerate(true.tolist())]
+    assert lib.worst_ranks(p @ z.T, true, allowed).tolist() == expected
+
+
+def test_rank_me_of_a_known_spectrum():
+    q, _ = torch.linalg.qr(torch.randn(64, 16))
+    assert lib.rank_me(q * 3) == pytest.approx(16, rel=1e-4)
+    assert lib.rank_me(q[:, :4]) == pytest.approx(4, rel=1e-4)
+
+
+def test_one_step_changes_everything_trainable(batch):
+    tokens, sentence, document = batch
+    net = jepa().train()
+    own, ctx = net.masks(sentence, document)
+    z = net.target_means(tokens, sentence, document.shape[1], own)
+    net(tokens, sentence, document, net.whitening(z), ctx).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.encoder.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.predictor.parameters())
+    assert all(p.grad is None for p in net.target.parameters())
+    before = [p.clone() for p in net.target.parameters()]
+    with torch.no_grad():
+        for p in net.encoder.parameters():
+            p.add_(1)
+    net.update_target(0.75)
+    assert all(torch.allclose(a + 0.25, b, atol=1e-6) for a, b in zip(before, net.target.parameters()))
+
+
+def decoder():
+    torch.manual_seed(3)
+    net = lib.Decoder(lib.DecoderConfig(400, 32, eos=399, n_layer=2, n_head=2, n_embd=32)).eval()
+    torch.nn.init.normal_(net.embedding.weight, std=0.5)
+    return net
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_generation_with_a_cache_is_the_same(temperature):
+    net, concepts = decoder(), lib.unit(torch.randn(5, 32))
+    out = [net.generate(concepts, 20, temperature, 50, 0.9, torch.Generator().manual_seed(4), cache=c)
+           for c in (True, False)]
+    assert torch.equal(*out)
+    assert out[0].unique().numel() > 3
+
+
+def test_packed_cross_entropy_equals_single_sentences(corpus_dir):
+    corpus, net = Corpus(corpus_dir, 'val'), decoder()
+    rows = corpus.batch(0, 2, 128, 8, prefix=2)
+    tokens, sentence, document = (torch.from_numpy(rows[k]) for k in ('tokens', 'sentence', 'document'))
+    concepts = lib.unit(torch.randn(2, 8, 32))
+    mask = lib.build_mask(lib.causal_view(sentence), tokens.shape, 'cpu')
+    with torch.no_grad():
+        packed = net(tokens, sentence, concepts, mask)
+    outside = lib.ConceptDecoder(net, corpus.tokenizer)
+    for b in range(2):
+        for s in range(int((document[b] >= 0).sum())):
+            ids = tokens[b][sentence[b] == s][2:]
+            # by hand: the prefix, then one token after the other
+            x = torch.cat((net.prefixes(concepts[b, s][None])[0], net.embedding(ids)))[None]
+            rope = lib.rotary(torch.arange(x.shape[1]), net.head_dim)
+            with torch.no_grad():
+                for block in net.blocks:
+                    x = block(x, rope, torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril())
+                logits = net.head(net.norm(x))[0, 1:]
+            by_hand = torch.nn.functional.cross_entropy(logits, torch.cat((ids, torch.tensor([399]))), reduction='sum')
+            assert packed[b][sentence[b] == s].sum().item() == pytest.approx(by_hand.item(), rel=1e-4)
+            alone = outside.nll([ids.numpy()], concepts[b, s][None].numpy())[0]
+            assert alone == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('context', ['concepts', 'tokens'])
+def test_windows_equal_packed_rows(corpus_dir, context):
+    corpus, net = Corpus(corpus_dir, 'train'), jepa(context)
+    encoder = lib.SentenceEncoder(net, corpus.tokenizer)
+    sentences = corpus.document(int(np.argmax([len(corpus.document(i)) for i in range(corpus.n_documents)])))[:6]
+    ids = np.concatenate(sentences)
+    tokens = torch.from_numpy(ids.astype(np.int64))[None]
+    sentence = torch.from_numpy(np.repeat(np.arange(len(sentences)), [len(s) for s in sentences]))[None]
+    with torch.no_grad():
+        packed = lib.unit(predict(net, tokens, sentence, torch.zeros(1, len(sentences), dtype=torch.long)))[0]
+    windows = encoder.predict_windows(sentences, [(0, n) for n in range(1, len(sentences) + 1)], batch_size=2)
+    assert np.allclose(windows, packed.numpy(), atol=1e-5)
+
+
+def test_encode_keeps_the_order_and_the_batch_does_not_matter(corpus_dir):
+    net = jepa()
+    net.whitening.mean.fill_(0.1)  # a space that has been measured: the empty sentence has a place in it too
+    encoder = lib.SentenceEncoder(net, Corpus(corpus_dir, 'train').tokenizer)
+    sentences = ['The river.', 'A stone stood near the long bridge for many winter days.', '', 'Copper <|endoftext|>']
+    z = encoder.encode(sentences, batch_size=2)
+    assert z.dtype == np.float32
+    assert np.allclose((z ** 2).sum(1), 1, atol=1e-5)
+    for s, row in zip(sentences, z):
+        assert np.allclose(encoder.encode(s), row, atol=1e-5)
+
+
+def test_checkpoints(tmp_path):
+    path = tmp_path / 'encoder.pt'
+    lib.save_checkpoint(path, {'kind': 'encoder', 'x': torch.ones(3)})
+    assert torch.equal(lib.load_checkpoint(str(tmp_path), 'encoder')['x'], torch.ones(3))
+    with pytest.raises(ValueError, match='does not hold a decoder'):
+        lib.load_checkpoint(str(path), 'decoder')
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match='damaged'):
+        lib.load_checkpoint(str(path), 'encoder')
+    with pytest.raises(FileNotFoundError, match='train_decoder'):
+        lib.load_checkpoint(str(tmp_path), 'decoder')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['encoder.pt']

@@ -1,0 +1,206 @@
+"""prepare.py: sentences, tokenizers, files on disk, and batches."""
+
+import gzip
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+import prepare
+
+HARD = ['Dr. Smith met J. R. Jones at 3.5 p.m. He said "Go." Then they left (late.) All done?! Yes… no stop at all',
+        '你好。世界！ Ünïcode naïve 👩‍👩‍👧 text.\n\n\n1. First item\n2. Second item', 'x' * 9000, 'word ' * 3000, ' \n\t ',
+        '<|endoftext|> is text. So is </s>.', 'مرحبا بالعالم. كيف حالك؟', 'a\x00b. C\x0cd.', 'one, two; three: ' * 300]
+
+
+@pytest.mark.parametrize('text', HARD)
+def test_split_loses_only_white_space(text):
+    parts = prepare.split_sentences(text)
+    assert ''.join(''.join(parts).split()) == ''.join(text.split())
+    assert all(p and p == ' '.join(p.split()) for p in parts)
+
+
+def test_split_knows_abbreviations():
+    assert prepare.split_sentences('Dr. Smith paid 3.50 dollars. He left.') == ['Dr. Smith paid 3.50 dollars.', 'He left.']
+
+
+def boundaries(sentences):
+    """Ends of sentences, counted in letters that are not white space; the last is no decision."""
+    return set(np.cumsum([len(''.join(s.split())) for s in sentences])[:-1].tolist())
+
+
+@pytest.mark.parametrize(('name', 'bar'), [('en_ewt-ud-dev', 0.85), ('en_gum-ud-dev', 0.95)])
+def test_splitter_on_treebanks(name, bar):
+    path = os.path.join(ROOT, '..', 'shared', 'data', 'sentence-boundaries', f'{name}.conllu')
+    if not os.path.exists(path):
+        pytest.skip('the treebank is not beside the checkout')
+    paragraphs, tight = [], True
+    for block in open(path, encoding='utf-8').read().split('\n\n'):
+        text = [line[9:] for line in block.splitlines() if line.startswith('# text = ')]
+        if not text:
+            continue
+        if not paragraphs or '# newpar' in block or '# newdoc' in block:
+            paragraphs.append(([], ''))
+        sentences, joined = paragraphs[-1]
+        paragraphs[-1] = ([*sentences, text[0]], joined + ('' if tight or not joined else ' ') + text[0])
+        tight = 'SpaceAfter=No' in block.splitlines()[-1]
+    right = said = true = 0
+    for sentences, text in paragraphs:
+        a, b = boundaries(sentences), boundaries(prepare.split_sentences(text))
+        right, said, true = right + len(a & b), said + len(b), true + len(a)
+    f1 = 2 * right / (said + true)
+    print(f'{name}: boundary F1 {f1:.3f} over {true} boundaries')
+    assert f1 >= bar
+
+
+def test_golden_rules():
+    path = os.path.join(ROOT, '..', 'shared', 'data', 'sentence-boundaries', 'pysbd_golden_rules_en.json')
+    if not os.path.exists(path):
+        pytest.skip('the golden rules are not beside the checkout')
+    rules = json.load(open(path))
+    held = sum([' '.join(s.split()) for s in r['sentences']] == prepare.split_sentences(r['text']) for r in rules)
+    print(f'golden rules held: {held} of {len(rules)}')
+    assert held >= 38
+
+
+def letters(ids):
+    """A tokenizer of letters, for the cutting of long sentences."""
+    return [[ord(c) for c in text] for text in ids]
+
+
+@pytest.mark.parametrize('text', HARD)
+def test_long_sentences_are_cut_not_dropped(text):
+    out = prepare.encode_document(text, letters, 128)
+    assert all(0 < len(ids) <= 128 for ids in out)
+    assert ''.join(''.join(chr(i) for ids in out for i in ids).split()) == ''.join(text.split())
+
+
+def test_round_trip_text_to_disk_to_text(corpus_dir, texts):
+    back = []
+    for split in ('train', 'val'):
+        corpus = prepare.Corpus(corpus_dir, split)
+        back += [' '.join(corpus.tokenizer.decode(s) for s in corpus.document(i)) for i in range(corpus.n_documents)]
+    assert sorted(back) == sorted(texts)
+    assert len(corpus.meta['splits']['train']['shards']) > 1
+
+
+def read_all(folder):
+    return {n: (open(os.path.join(folder, n), 'rb').read() if n != 'meta.json' else
+                json.load(open(os.path.join(folder, n)))['splits']) for n in sorted(os.listdir(folder))}
+
+
+def test_output_does_not_depend_on_processes(corpus_dir, tmp_path):
+    source = os.path.join(os.path.dirname(corpus_dir), 'docs.jsonl')
+    run('prepare.py', f'--dataset={source}', f'--data_dir={tmp_path}/two', '--tokenizer=bpe:400', '--val_fraction=0.2',
+        '--shard_tokens=2000', '--num_proc=2')
+    assert read_all(tmp_path / 'two') == read_all(corpus_dir)
+
+
+def rows_of(corpus, packing, batch_size, n, **where):
+    for step in range(n):
+        batch = corpus.batch(step, batch_size, *packing, **where)
+        for j in range(batch_size):
+            yield tuple(v[j] for v in batch.values())
+
+
+@pytest.mark.parametrize('prefix', [0, 2])
+def test_each_sentence_comes_once_an_epoch(corpus_dir, prefix):
+    corpus = prepare.Corpus(corpus_dir, 'train')
+    packing = (128, 5)
+    n = corpus.rows_per_epoch(*packing, prefix=prefix)
+    seen = []
+    for tokens, sentence, document in rows_of(corpus, packing, 1, n, prefix=prefix):
+        used = int((document >= 0).sum())
+        assert sentence.max() == used - 1
+        for s in range(used):
+            ids = tokens[sentence == s]
+            assert (ids[:prefix] == 0).all()
+            seen.append(tuple(ids[prefix:]))
+    disk = [tuple(s) for i in range(corpus.n_documents) for s in corpus.document(i)]
+    assert sorted(seen) == sorted(disk)
+    second = corpus.batch(n, 1, *packing, prefix=prefix)['tokens']
+    assert not np.array_equal(second, corpus.batch(0, 1, *packing, prefix=prefix)['tokens'])  # another shuffle
+
+
+def test_neighbours_in_a_row_are_neighbours_on_disk(corpus_dir):
+    corpus = prepare.Corpus(corpus_dir, 'train')
+    follows = {(tuple(a), tuple(b)) for i in range(corpus.n_documents)
+               for a, b in zip(corpus.document(i), corpus.document(i)[1:])}
+    for tokens, sentence, document in rows_of(corpus, (128, 16), 2, 5):
+        for s in range(int((document >= 0).sum()) - 1):
+            pair = tuple(tokens[sentence == s]), tuple(tokens[sentence == s + 1])
+            assert document[s] != document[s + 1] or pair in follows
+
+
+def test_batches_are_pure_and_ranks_share_rows(corpus_dir):
+    one, two = prepare.Corpus(corpus_dir, 'train'), prepare.Corpus(corpus_dir, 'train')
+    late = two.batch(7, 4, 128, 16)['tokens']  # asked for first, out of order
+    assert np.array_equal(one.batch(7, 4, 128, 16)['tokens'], late)
+    halves = [two.batch(7, 2, 128, 16, rank=r, world_size=2)['tokens'] for r in (0, 1)]
+    assert np.array_equal(np.concatenate(halves), late)
+
+
+def test_a_row_too_short_for_a_sentence_is_refused(corpus_dir):
+    with pytest.raises(ValueError, match='block_size=8 is too small'):
+        prepare.Corpus(corpus_dir, 'train').batch(0, 1, 8, 4)
+
+
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove'])
+def test_a_damaged_file_is_named(corpus_dir, tmp_path, damage):
+    folder = shutil.copytree(corpus_dir, tmp_path / 'copy')
+    victim = folder / 'train_000001.sentences'
+    data = bytearray(victim.read_bytes())
+    data[11] ^= 4
+    victim.write_bytes(data if damage == 'flip' else data[:-8])
+    if damage == 'remove':
+        victim.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match='train_000001.sentences'):
+        prepare.Corpus(str(folder), 'train')
+
+
+@pytest.mark.parametrize(('name', 'content', 'args', 'says'), [
+    ('a.jsonl', b'{"body": "x"}\n', (), 'body'), ('a.jsonl', b'{"text": "x"\n', (), 'line 1: not JSON'),
+    ('a.txt', b' \n\n', (), 'no sentence'), ('a.txt.gz', b'not a gz', (), 'cannot read'),
+    ('a.parquet', b'PAR1 cut short', (), 'cannot read'), ('a.doc', b'x', (), 'expected .txt'),
+    ('a.txt', b'One. Two.\n', ('--tokenizer=gtp2',), 'gtp2'), ('a.txt', b'One. Two.\n', ('--tokenizer=bpe:x',), 'bpe:4096')])
+def test_mistakes_stop_with_one_line(tmp_path, name, content, args, says):
+    (tmp_path / name).write_bytes(content)
+    done = run('prepare.py', f'--dataset={tmp_path / name}', f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300',
+               '--num_proc=1', *args, check=False)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not os.path.exists(tmp_path / 'out' / 'meta.json')
+
+
+def test_a_hub_out_of_reach_says_so(tmp_path):
+    done = run('prepare.py', f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--hub_retries=1',
+               check=False, HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path / 'cache'))
+    assert done.returncode == 1
+    assert '--dataset=web-bible' in done.stderr.splitlines()[-1]
+    assert 'Traceback' not in done.stderr
+
+
+def test_readers_agree(tmp_path, texts):
+    import lzma
+
+    import pyarrow
+    import pyarrow.parquet
+    lines = ''.join(json.dumps({'text': t}) + '\n' for t in texts).encode()
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
+    (tmp_path / 'b.jsonl.xz').write_bytes(lzma.compress(lines))
+    (tmp_path / 'c.txt').write_text('\n'.join(texts))
+    (tmp_path / 'd.txt').write_text('<sep>'.join(texts))
+    pyarrow.parquet.write_table(pyarrow.table({'text': texts, 'id': list(range(len(texts)))}), tmp_path / 'e.parquet')
+    for name, separator in (('a.jsonl.gz', ''), ('b.jsonl.xz', ''), ('c.txt', ''), ('d.txt', '<sep>'), ('e.parquet', '')):
+        read = [t.strip() for t in prepare.read_file(str(tmp_path / name), 'text', separator)]
+        assert read == texts, name
+
+
+def test_the_embedded_bible_reads_clean():
+    chapters = list(prepare.read_bible())
+    assert len(chapters) == 1189
+    assert chapters[0].startswith('In the beginning')
