@@ -424,14 +424,16 @@ class Decoder(nn.Module):
         return loss * counted
 
     @torch.inference_mode()
-    def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None, cache=True):
+    def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None, cache=True,
+                 keep=None):
         """Token ids (n, at most max_tokens) written from concepts (n, concept_dim), eos and what follows it included.
 
         temperature 0 takes the likeliest token; otherwise samples, among the top_k likeliest (0: all) and the
         likeliest that make up top_p of the probability. `cache=False` reads the whole prefix again for each token.
+        `keep` (n,) is False where the sentence is written without its concept.
         """
         config, n, device = self.config, len(concepts), concepts.device
-        inputs = self.prefixes(concepts)  # (n, P, n_embd)
+        inputs = self.prefixes(concepts, keep)  # (n, P, n_embd)
         length = config.n_prefix + max_tokens
         shape = (n, config.n_head, length, self.head_dim)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

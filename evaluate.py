@@ -1,0 +1,686 @@
+"""Every metric beside its baselines: a table, metrics.json and report.md with samples and pictures.
+
+    python evaluate.py --out_dir=out/demo
+    python evaluate.py --out_dir=out/demo --sts=stsb-dev.csv
+    python evaluate.py --out_dir=out/demo --prompt="He went up to the city. The gates were shut."
+
+All on the validation split. The definitions stand with the functions; ties take the worst rank, so that a constant
+model scores nothing.
+"""
+
+import csv
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import model as lib
+from config import override
+from prepare import Corpus, split_sentences
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: override with --name=value
+out_dir = 'out/fineweb'  # encoder.pt, and decoder.pt where there is one
+data_dir = ''  # what prepare.py wrote; '': what the encoder was trained on
+eval_context = 8  # sentences before the one predicted that the predictor and the baselines read
+max_pairs = 10_000  # (context, next sentence) pairs, at most 5 a document
+max_train_sentences = 20_000  # train sentences read for mean, scalars, ridge and idf
+max_generated = 500  # sentences written for BLEU, ROUGE and chrF
+max_scored = 2000  # sentences scored for perplexity
+n_samples = 12  # samples in the report, chosen by seed
+sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
+prompt = ''  # sentences to reconstruct and go on from, instead of the evaluation
+temperature = 0.0  # of --prompt; 0 takes the likeliest token
+top_k = 0
+top_p = 1.0
+batch_size = 64
+device = 'auto'
+dtype = 'float32'  # or 'bfloat16' (autocast) for the forward passes; metrics are fp32 always
+seed = 1337
+
+
+class Mistake(Exception):
+    """What the user can mend: printed as one line, exit code 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Items: which sentences are predicted from which, and what they are told from
+
+class Items:
+    """Sentences of some documents and the pairs drawn from them.
+
+    sentences: token ids, all documents end to end; document (N,): of each sentence; target (n,): the sentence to be
+    predicted; start (n,): the first sentence of its window, which ends before the target.
+    """
+
+    def __init__(self, corpus, rng, n_pairs, n_sentences=None, context=8, each=5):
+        self.sentences, document, target, start = [], [], [], []
+        for d in rng.permutation(corpus.n_documents):
+            ids, base = corpus.document(d), len(self.sentences)
+            self.sentences += ids
+            document += [len(set(document[-1:])) and document[-1] + 1] * len(ids)
+            if len(ids) > 1:
+                for i in np.sort(rng.permutation(len(ids) - 1)[:each]) + 1:
+                    target.append(base + i)
+                    start.append(base + max(i - context, 0))
+            if len(target) >= n_pairs or (n_sentences and len(self.sentences) >= n_sentences):
+                break
+        if not target:
+            raise Mistake('no document of the split has two sentences')
+        self.document, self.target, self.start = np.array(document), np.array(target), np.array(start)
+        self.windows = list(zip(self.start, self.target))
+
+    def candidates(self, rng, context, others=31):
+        """Candidate sentences of each pair, -1 where there are fewer, the true one first: (a), (b), corpus."""
+        first = np.searchsorted(self.document, np.arange(self.document[-1] + 2))
+        one = np.array([rng.integers(a, b) for a, b in zip(first[:-1], first[1:])])  # a sentence of each document
+        if len(one) > 10_000:
+            one = one[np.sort(rng.permutation(len(one))[:10_000])]
+        inside, repeats, corpus = [], [], []
+        for t, s in zip(self.target, self.start):
+            d = self.document[t]
+            pool = np.concatenate((np.arange(first[d], s), np.arange(t + 1, first[d + 1])))
+            drawn = np.full(others, -1)
+            drawn[:min(others, len(pool))] = rng.permutation(pool)[:others]
+            window = np.full(context, -1)
+            window[:t - s] = np.arange(s, t)
+            inside.append([t, *drawn])
+            repeats.append([t, *drawn, *window])
+            corpus.append([t, *np.where(self.document[one] == d, -1, one)])
+        return {'a': np.array(inside), 'b': np.array(repeats), 'corpus': np.array(corpus)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measures on arrays
+
+def unit(x):
+    """x (..., d) at length 1, float32; a zero vector stays zero."""
+    return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def bootstrap(values, document, weights=None, n=1000, seed=0):
+    """Mean of values (n,), weighted, and its 95 % interval by resampling documents: (mean, low, high)."""
+    weights = np.ones(len(values)) if weights is None else weights
+    _, of = np.unique(document, return_inverse=True)
+    top, bottom = np.bincount(of, values * weights), np.bincount(of, weights)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(top), np.full(len(top), 1 / len(top)), size=n)
+    means = (times @ top) / np.maximum(times @ bottom, 1e-12)
+    return float(top.sum() / bottom.sum()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def ranks(similar, candidates):
+    """Worst ranks (n,) of candidates[:, 0] by similarity; similar(rows) gives (len(rows), N); and the top one (n,)."""
+    out, top = [], []
+    for at in np.array_split(np.arange(len(candidates)), max(len(candidates) // 256, 1)):
+        c = torch.from_numpy(candidates[at])
+        s = torch.as_tensor(similar(at)).gather(1, c.clamp(min=0))
+        out.append(lib.worst_ranks(s, torch.zeros(len(at), dtype=torch.long), c >= 0))
+        top.append(c.gather(1, s.masked_fill(c < 0, -torch.inf).argmax(1, keepdim=True))[:, 0])
+    return torch.cat(out).numpy(), torch.cat(top).numpy()
+
+
+def chance(candidates):
+    """R@1 and MRR of a draw by lot."""
+    n = (candidates >= 0).sum(1)
+    harmonic = np.cumsum(1 / np.arange(1, n.max() + 1))
+    return float((1 / n).mean()), float((harmonic[n - 1] / n).mean())
+
+
+def skills(p, z, mean, scale, document):
+    """Skill, 1 - sum |scale p - z|^2 / sum |mean - z|^2, with its interval over documents (unit-norm p and z)."""
+    base = ((mean - z) ** 2).sum(1)
+    if base.mean() < 1e-9:
+        return 0.0, 0.0, 0.0
+    value, low, high = bootstrap(((scale * p - z) ** 2).sum(1) / np.maximum(base, 1e-12), document, base)
+    return 1 - value, 1 - high, 1 - low
+
+
+def ridge(x, y, penalty=0.1):
+    """Weights and offset of ridge regression y ~ x w + b; the penalty is a share of the mean variance of x."""
+    mx, my = x.mean(0), y.mean(0)
+    c = (x - mx).T @ (x - mx)
+    w = np.linalg.solve(c + penalty * np.trace(c) / len(c) * np.eye(len(c)), (x - mx).T @ (y - my))
+    return w, my - mx @ w
+
+
+def spearman(a, b):
+    """Spearman's correlation, average ranks for ties; 0, not NaN, where one is constant."""
+    def rank(x):
+        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    a, b = rank(np.asarray(a)), rank(np.asarray(b))
+    spread = a.std() * b.std()
+    return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 1e-12 else 0.0
+
+
+def geometry(x, rng):
+    """How a cloud of unit vectors x (n, d) fills its space."""
+    t = torch.from_numpy(x)
+    s = torch.linalg.svdvals(t - t.mean(0)).double() ** 2
+    a, b = x[rng.permutation(len(x))], x[rng.permutation(len(x))]
+    return {'rank_centred': lib.rank_me(t - t.mean(0)), 'rank': lib.rank_me(t),
+            'participation': float(s.sum() ** 2 / (s ** 2).sum()) if s.sum() > 1e-9 else 1.0,
+            'cos_random': float((a * b).sum(1).mean()),
+            'uniformity': float(np.log(np.exp(-2 * ((a - b) ** 2).sum(1)).mean())),
+            'std': float(x.std(0).mean() * x.shape[1] ** 0.5), 'sentences': len(x), 'dimensions': x.shape[1]}
+
+
+def tfidf(sentences, idf_from, width=2**18):
+    """Unit-norm sparse vectors of token 1- and 2-grams, hashed to `width`: function of lists of sentence indices.
+
+    Returns (matrix of all sentences as torch sparse CSR (N, width), vector(list of ids) -> (indices, values)).
+    """
+    def grams(ids):
+        ids = np.asarray(ids, dtype=np.int64)
+        pairs = (ids[:-1] * 1_000_003 + ids[1:] * 7_919 + 17) % (width // 2) + width // 2
+        return np.concatenate((ids % (width // 2), pairs))
+    seen = np.zeros(width)
+    for ids in idf_from:
+        seen[np.unique(grams(ids))] += 1
+    idf = np.log((1 + len(idf_from)) / (1 + seen)) + 1
+
+    def vector(ids):
+        index, count = np.unique(grams(ids), return_counts=True)
+        value = (1 + np.log(count)) * idf[index]
+        return index, value / max(np.linalg.norm(value), 1e-12)
+    parts = [vector(ids) for ids in sentences]
+    matrix = torch.sparse_csr_tensor(torch.from_numpy(np.cumsum([0, *(len(i) for i, _ in parts)])),
+                                     torch.from_numpy(np.concatenate([i for i, _ in parts])),
+                                     torch.from_numpy(np.concatenate([v for _, v in parts])).float(),
+                                     (len(sentences), width), check_invariants=False)
+    return matrix, vector
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Baseline encoders and STS
+
+def random_encoder(encoder, sentences, seed):
+    """The same architecture with fresh weights, whitened on `sentences`, as the trained one was before step 0."""
+    torch.manual_seed(seed)
+    jepa = lib.JEPA(encoder.model.config)
+    out = lib.SentenceEncoder(jepa, encoder.tokenizer, encoder.device)
+    out.autocast = encoder.autocast
+    with torch.inference_mode():
+        means = []
+        for _, ids, lengths in lib.rows_by_length(sentences, 64):
+            sentence = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(out.device).long() - 1
+            tokens = torch.from_numpy(ids).to(out.device)
+            own = jepa.masks(sentence, sentence[:, :1])[0]
+            means.append(jepa.target_means(tokens, sentence, 1, own))
+        z = torch.cat(means)
+        mean, cov, _ = lib.moments([z], [torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)])
+        jepa.whitening.update(mean, cov)
+        jepa.whitening.refresh()
+    return out
+
+
+def token_means(table, sentences, weight=None):
+    """Mean of the rows of table (V, d) over each sentence's tokens, weighted by weight (V,): (n, d)."""
+    out = np.zeros((len(sentences), table.shape[1]), np.float32)
+    for i, ids in enumerate(sentences):
+        if len(ids):
+            w = np.ones(len(ids)) if weight is None else weight[ids]
+            out[i] = (table[ids] * w[:, None]).sum(0) / max(w.sum(), 1e-12)
+    return out
+
+
+def read_sts(path):
+    """(score, sentence, sentence) rows of a .csv or .tsv file, score first or last, header or none.
+
+    Raises Mistake, naming the line, where a row is not of that form.
+    """
+    try:
+        with open(path, encoding='utf-8', newline='') as f:
+            head = f.readline()
+            f.seek(0)
+            tabs = '\t' in head
+            table = list(csv.reader(f, delimiter='\t' if tabs else ',', quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f'cannot read --sts={path}: {error}') from None
+    rows, at = [], None
+    for number, row in enumerate(table, 1):
+        if not row:
+            continue
+        def score(i, row=row):
+            try:
+                return float(row[i])
+            except (ValueError, IndexError):
+                return None
+        if at is None:
+            at = next((i for i in (len(row) - 1, 0) if len(row) >= 3 and score(i) is not None), None)
+            if at is None:
+                if number == 1:
+                    continue  # a header
+                raise Mistake(f'{path}, line {number}: expected score, sentence, sentence or sentence, sentence, score')
+        if score(0 if at == 0 else -1) is None or len(row) < 3:
+            raise Mistake(f'{path}, line {number}: no score where the other lines have it')
+        rows.append((score(0 if at == 0 else -1), *(row[1:3] if at == 0 else row[-3:-1])))
+    if not rows:
+        raise Mistake(f'{path}: no pair of sentences in it')
+    return rows
+
+
+def sts_files(names):
+    """{name: rows} of the setting `sts`."""
+    if names != 'hub':
+        return {os.path.basename(n): read_sts(n) for n in names.split(',')}
+    try:
+        import datasets
+        return {f'STS-B {s}': [(r['score'], r['sentence1'], r['sentence2']) for r in
+                               datasets.load_dataset('sentence-transformers/stsb', split=s)] for s in ('validation', 'test')}
+    except Exception as error:  # the client raises dozens of kinds for a hub that is out of reach
+        raise Mistake(f'cannot download STS-B ({type(error).__name__}): give --sts=<file of score, s1, s2>') from None
+
+
+def sts_scores(rows, encoder, random, idf):
+    """Spearman x 100 of the cosine of each pair with the human score, for the encoder and its baselines."""
+    tokens = [encoder.tokenizer.encode_batch([r[i] for r in rows]) for i in (1, 2)]
+    human = [r[0] for r in rows]
+    rng = np.random.default_rng(0)
+    lot = rng.standard_normal((encoder.model.config.vocab_size, 256)).astype(np.float32)
+    own = encoder.model.target.embedding.weight.detach().cpu().numpy()
+
+    def measure(embed):
+        a, b = embed(tokens[0]), embed(tokens[1])
+        return 100 * spearman((unit(a) * unit(b)).sum(1), human)
+
+    def centred_own(t):
+        return token_means(own, t) - token_means(own, tokens[0] + tokens[1]).mean(0)
+    a, b = (encoder.encode_tokens(t) for t in tokens)
+    return {'model': 100 * spearman((a * b).sum(1), human), 'random encoder': measure(random.encode_tokens),
+            'random token mean': measure(lambda t: token_means(lot, t)),
+            'random token mean, idf': measure(lambda t: token_means(lot, t, idf)),
+            'own token mean, centred': measure(centred_own),
+            'shuffled pairs': 100 * spearman((a * b[rng.permutation(len(b))]).sum(1), human)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The evaluation
+
+def load(path):
+    """Encoder, decoder or None, and corpora of a run; raises Mistake."""
+    where = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    try:
+        encoder = lib.load_encoder(path, where, dtype)
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        decoder = None
+        if os.path.exists(os.path.join(folder, 'decoder.pt')):
+            decoder = lib.load_decoder(folder, where, dtype)
+            said, is_ = decoder.encoder_fingerprint, lib.fingerprint(encoder.model)
+            if abs(said - is_) > 1e-6 * abs(is_):
+                raise Mistake(f'{folder}/decoder.pt was trained on another encoder than {path}: train it again')
+        settings = lib.load_checkpoint(path, 'encoder')['settings']
+        where = data_dir or settings['data_dir']
+        return encoder, decoder, Corpus(where, 'train'), Corpus(where, 'val')
+    except (OSError, ValueError) as error:
+        raise Mistake(str(error)) from None
+
+
+def evaluate(encoder, decoder, train_corpus, corpus):
+    """All metrics as {section: {row: {column: number}}}, and what the samples and pictures need."""
+    rng = np.random.default_rng(seed)
+    steps = tqdm(total=9 if decoder else 6, desc='evaluate', disable=not sys.stderr.isatty())
+
+    def progress(name):
+        steps.set_description(name)
+        steps.update(1)
+
+    # concepts, predictions and their baselines
+    items = Items(corpus, rng, max_pairs, context=eval_context)
+    train = Items(train_corpus, rng, max_pairs, max_train_sentences, eval_context)
+    z_all, z_train_all = (encoder.encode_tokens(x.sentences, batch_size, False) for x in (items, train))
+    document = items.document[items.target]
+    progress('predict')
+
+    def predictors(x, z_all, fitted=None):
+        mean = unit(np.stack([z_all[a:b].mean(0) for a, b in x.windows]))
+        fitted = fitted or ridge(mean, z_all[x.target])
+        p = encoder.predict_windows(x.sentences, x.windows, batch_size)
+        return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': mean, 'ridge': unit(mean @ fitted[0] + fitted[1]),
+                'shuffled context': np.roll(p, len(p) // 2, 0)}, fitted
+    train_p, fitted = predictors(train, z_train_all)
+    p_by, _ = predictors(items, z_all, fitted)
+    z, z_train = z_all[items.target], z_train_all[train.target]
+    mean_target = z_train.mean(0)
+    p_by['mean target'] = np.repeat(unit(mean_target)[None], len(z), 0)
+    train_p['mean target'] = np.repeat(unit(mean_target)[None], len(z_train), 0)
+
+    candidates = items.candidates(rng, eval_context)
+    other = candidates['a'][:, 1]  # another sentence of the document
+    far = np.roll(items.target, len(z) // 2)
+    far_ok, near_ok = items.document[far] != document, other >= 0
+    sections = {'feature similarity': {}, 'retrieval in document': {}, 'retrieval corpus': {}}
+    for name, p in p_by.items():
+        scale = float((train_p[name] * z_train).sum() / (train_p[name] ** 2).sum())
+        value, low, high = skills(p, z, mean_target, scale, document)
+        sections['feature similarity'][name] = {
+            'skill': value, 'skill_low': low, 'skill_high': high, 'cos_true': float((p * z).sum(1).mean()),
+            'cos_in_document': float((p * z_all[other]).sum(1)[near_ok].mean()) if near_ok.any() else 0.0,
+            'cos_unrelated': float((p * z_all[far]).sum(1)[far_ok].mean()) if far_ok.any() else 0.0}
+
+    # retrieval: the same items for all, each in its own space
+    progress('retrieval')
+    random = random_encoder(encoder, train.sentences[:4000], seed + 1)
+    r_all = random.encode_tokens(items.sentences, batch_size, False)
+    table = encoder.model.target.embedding.weight.detach().cpu().numpy()
+    t_all = token_means(table, items.sentences)
+    t_all = unit(t_all - t_all.mean(0))
+    matrix, vector = tfidf(items.sentences, train.sentences)
+
+    def dense(query, all_):
+        return lambda at: torch.from_numpy(query[at]) @ torch.from_numpy(all_).T
+
+    def sparse(at):
+        out = []
+        for part in np.array_split(at, max(len(at) // 64, 1)):
+            q = torch.zeros(matrix.shape[1], len(part))
+            for j, i in enumerate(part):
+                index, value = vector(np.concatenate(items.sentences[items.start[i]:items.target[i]]))
+                q[torch.from_numpy(index), j] = torch.from_numpy(value).float()
+            out.append((matrix @ q).T)
+        return torch.cat(out)
+
+    def window_mean(all_):
+        return unit(np.stack([all_[a:b].mean(0) for a, b in items.windows]))
+    spaces = {name: dense(p_by[name], z_all) for name in ('model', 'copy-last', 'context mean', 'ridge', 'shuffled context')}
+    spaces |= {'random encoder': dense(window_mean(r_all), r_all), 'token mean': dense(window_mean(t_all), t_all),
+               'TF-IDF of the window': sparse}
+    place = {}
+    for name, similar in spaces.items():
+        place[name] = {k: ranks(similar, c) for k, c in candidates.items()}
+        (a, _), (b, top), (c, _) = (place[name][k] for k in ('a', 'b', 'corpus'))
+        row = sections['retrieval in document'][name] = {}
+        for column, values in (('R@1', a == 1), ('MRR', 1 / a)):
+            row[column], row[column + '_low'], row[column + '_high'] = bootstrap(values, document)
+        row |= {'R@1 (b)': float((b == 1).mean()), 'MRR (b)': float((1 / b).mean()),
+                'copy rate': float(((top >= items.start) & (top < items.target)).mean())}
+        row = sections['retrieval corpus'][name] = {'R@1': float((c == 1).mean()), 'R@10': float((c <= 10).mean())}
+        row['MRR'], row['MRR_low'], row['MRR_high'] = bootstrap(1 / c, document)
+    for section, key in (('retrieval in document', 'a'), ('retrieval corpus', 'corpus')):
+        one, mrr = chance(candidates[key])
+        sections[section]['chance'] = {'R@1': one, 'MRR': mrr}
+
+    progress('geometry')
+    few = rng.permutation(len(z_all))[:20_000]
+    noise = unit(rng.standard_normal((len(few), z_all.shape[1])))
+    sections['geometry'] = {'model': geometry(z_all[few], rng), 'random encoder': geometry(r_all[few], rng),
+                            'Gaussian': geometry(noise, rng)}
+
+    # large concept model's measures (Barrault et al. 2024, arXiv:2412.08821)
+    p = p_by['model']
+    sections['contrast'] = {}
+    rand = z[rng.permutation(len(z))]
+    for name, q in p_by.items():
+        near = np.array([(z_all[a:b] @ q[i]).max() / max((z_all[a:b] @ z[i]).max(), 0.05)
+                         for i, (a, b) in enumerate(items.windows)])
+        sections['contrast'][name] = {'CA': float((((q - z) ** 2).sum(1) < ((q - rand) ** 2).sum(1)).mean()),
+                                      'PAR': float(np.median(near))}
+    progress('STS')
+    df = np.zeros(encoder.model.config.vocab_size)
+    for ids in train.sentences:
+        df[np.unique(ids)] += 1
+    idf = np.log((1 + len(train.sentences)) / (1 + df))
+    if sts:
+        sections['STS, Spearman x 100'] = {}
+        for name, rows in sts_files(sts).items():
+            for row, value in sts_scores(rows, encoder, random, idf).items():
+                sections['STS, Spearman x 100'].setdefault(row, {})[name] = value
+
+    keep = {'items': items, 'z_all': z_all, 'p': p, 'texts': None, 'r_all': r_all}
+    if decoder:
+        sections |= decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, progress, keep)
+    steps.close()
+    counts = {'pairs': len(z), 'documents': int(items.document[-1]) + 1, 'sentences': len(z_all),
+              'train sentences read': len(z_train_all), 'train pairs': len(z_train)}
+    return sections, counts, keep
+
+
+def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, progress, keep):
+    """Sections of what the decoder writes, and of what it says about the true sentences."""
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+    at = np.sort(rng.permutation(len(z))[:max_generated])
+    text = encoder.tokenizer.decode
+    truth = [text(items.sentences[i]) for i in items.target[at]]
+    progress('write')
+    shuffled = np.roll(np.arange(len(at)), len(at) // 2)
+    concepts = unit(z[at])
+    with torch.inference_mode(), decoder.autocast:
+        none = decoder.model.generate(torch.zeros(1, z.shape[1], device=decoder.device),
+                                      keep=torch.zeros(1, dtype=torch.bool, device=decoder.device))[0].tolist()
+    none = decoder.tokenizer.decode(none[:none.index(decoder.model.config.eos)] if decoder.model.config.eos in none else none)
+    rebuilt, predicted = decoder.generate(concepts, batch_size=batch_size), decoder.generate(p[at], batch_size=batch_size)
+    wrote = {'reconstruct': rebuilt, 'reconstruct, shuffled concept': [rebuilt[i] for i in shuffled], 'predict': predicted,
+             'predict, shuffled concept': [predicted[i] for i in shuffled], 'no concept': [none] * len(at),
+             'copy-last': [text(items.sentences[i - 1]) for i in items.target[at]]}
+    scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
+    out = {'text': {}, 'perplexity': {}, 'round trip': {}}
+    for name, texts in wrote.items():
+        rouge = [scorer.score(t, w) for t, w in zip(truth, texts)]
+        out['text'][name] = {'BLEU': sacrebleu.corpus_bleu(texts, [truth]).score,
+                             'chrF': sacrebleu.corpus_chrf(texts, [truth]).score} | {
+            f'ROUGE-{k[5:]}': 100 * float(np.mean([r[k].fmeasure for r in rouge])) for k in ('rouge1', 'rouge2', 'rougeL')}
+    keep['texts'] = {'at': at, 'truth': truth, 'reconstruct': rebuilt, 'predict': predicted}
+
+    progress('perplexity')
+    some = np.sort(rng.permutation(len(z))[:max_scored])
+    sentences = [items.sentences[i] for i in items.target[some]]
+    tokens = np.array([len(s) + 1 for s in sentences])  # the end of the sentence counts
+    size = np.array([len(text(s).encode()) for s in sentences])
+    roll = np.roll(some, len(some) // 2)
+    given = {'D(z)': z[some], 'D(z), shuffled': z[roll], 'D(p)': p[some], 'D(p), shuffled': p[roll],
+             'mean concept': np.repeat(unit(mean_target)[None], len(some), 0), 'no concept': None}
+    nats = {name: decoder.nll(sentences, c, batch_size) for name, c in given.items()}
+    for name, n in nats.items():
+        mean, low, high = bootstrap(n / tokens, document[some], tokens)
+        gain, gain_low, gain_high = bootstrap((nats['no concept'] - n) / tokens, document[some], tokens)
+        out['perplexity'][name] = {'nats per token': mean, 'low': low, 'high': high, 'perplexity': float(np.exp(mean)),
+                                   'bits per byte': float(n.sum() / np.log(2) / size.sum()), 'information': gain,
+                                   'information_low': gain_low, 'information_high': gain_high}
+    progress('round trip')
+    again = {'D(z)': encoder.encode(rebuilt), 'D(p)': encoder.encode(predicted)}
+    out['round trip']['cos(E(D(z)), z)'] = {'model': float((again['D(z)'] * z[at]).sum(1).mean()),
+                                            'shuffled': float((again['D(z)'] * z[at][shuffled]).sum(1).mean())}
+    gap = np.linalg.norm(again['D(p)'] - z[at], axis=1) - np.linalg.norm(p[at] - z[at], axis=1)
+    out['round trip']['|E(D(p)) - z| - |p - z|'] = {'model': float(gap.mean())}
+    return out
+
+
+def verdict(sections):
+    """('learns' | 'topic only' | 'collapsed', the rule that gave it), and the baselines that beat the model."""
+    f, g = sections['feature similarity'], sections['geometry']['model']
+    inside, corpus = sections['retrieval in document'], sections['retrieval corpus']
+    share = g['rank_centred'] / g['dimensions']
+    beaten = [f'{name} on {column} of {section}' for section, column in
+              (('feature similarity', 'skill'), ('retrieval in document', 'MRR'), ('retrieval corpus', 'MRR'),
+               ('STS, Spearman x 100', None)) if section in sections
+              for column in ([column] if column else sections[section]['model'])
+              for name, row in sections[section].items() if row[column] > sections[section]['model'][column]] \
+        if all('skill' in r for r in f.values()) else []
+    if g['cos_random'] > 0.5 or share < 0.05 or f['model']['skill_high'] <= 0:
+        return 'collapsed', (f"unrelated sentences have cosine {g['cos_random']:.2f} (rule: above .5), centred rank is "
+                             f"{100 * share:.0f} % of the width (below 5 %), or skill {f['model']['skill']:.3f} is not "
+                             'above 0'), beaten
+    if inside['model']['MRR_low'] > inside['chance']['MRR'] and f['model']['skill_low'] > 0 and \
+            f['model']['skill'] > f['copy-last']['skill']:
+        return 'learns', 'skill is above 0 and above copy-last, and retrieval in the document above chance, intervals apart', beaten
+    return 'topic only', (f"retrieval over the corpus has MRR {corpus['model']['MRR']:.3f} (chance "
+                          f"{corpus['chance']['MRR']:.3f}), but within the document, or in skill against copy-last, "
+                          'nothing is shown'), beaten
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Report
+
+def number(v):
+    return f'{v:,}' if isinstance(v, int) else f'{v:.3f}' if abs(v) < 10 else f'{v:.1f}'
+
+
+def markdown(sections):
+    """The tables; an interval stands behind its number."""
+    out = []
+    for title, rows in sections.items():
+        columns = list(dict.fromkeys(c for r in rows.values() for c in r if not c.endswith(('low', 'high'))))
+        out += [f'### {title}', '', '| |' + ' | '.join(columns) + ' |', '|---|' + '---:|' * len(columns)]
+        for name, row in rows.items():
+            cells = []
+            for c in columns:
+                low = row.get(f'{c}_low', row.get('low') if c == 'nats per token' else None)
+                high = row.get(f'{c}_high', row.get('high') if c == 'nats per token' else None)
+                cells.append('' if c not in row else number(row[c]) + (f' ({number(low)} to {number(high)})' if low is not None else ''))
+            out.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+        out.append('')
+    return '\n'.join(out)
+
+
+def escape(text):
+    """Text that markdown shows as it is."""
+    return ''.join('\\' + c if c in '\\`*_{}[]<>()#+-!|~' else c for c in text.replace('\n', ' '))
+
+
+def samples(encoder, keep, rng):
+    """A dozen samples, chosen by seed."""
+    items, texts, text = keep['items'], keep['texts'], encoder.tokenizer.decode
+    pool = texts['at'] if texts else np.arange(len(items.target))
+    out = []
+    for j in np.sort(rng.permutation(len(pool))[:n_samples]):
+        i = pool[j]
+        near = np.argsort(-(keep['z_all'] @ keep['p'][i]), kind='stable')[:3]
+        lines = [('context', ' / '.join(text(s) for s in items.sentences[items.start[i]:items.target[i]][-3:])),
+                 ('true next', text(items.sentences[items.target[i]]))]
+        if texts:
+            lines += [('reconstruction', texts['reconstruct'][j]), ('prediction', texts['predict'][j])]
+        lines += [(f'nearest {k + 1}', text(items.sentences[n])) for k, n in enumerate(near)]
+        out.append('\n'.join(f'- **{k}**: {escape(v)}' for k, v in lines))
+    return '\n\n---\n\n'.join(out)
+
+
+def pictures(folder, sections, keep):
+    """Retrieval against baselines, singular values, and cosines; returns their file names."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({'figure.figsize': (7, 3.6), 'figure.dpi': 110, 'axes.grid': True, 'grid.alpha': 0.3,
+                         'axes.spines.top': False, 'axes.spines.right': False, 'savefig.bbox': 'tight'})
+    names = []
+
+    def save(name):
+        plt.savefig(os.path.join(folder, name), metadata={'Software': None})
+        plt.close()
+        names.append(name)
+    rows = {k: v for k, v in sections['retrieval corpus'].items() if 'MRR_low' in v}
+    y = np.arange(len(rows))[::-1]
+    _, axes = plt.subplots(1, 2, sharey=True)
+    for axis, section, title in zip(axes, ('retrieval in document', 'retrieval corpus'), ('in document (a)', 'corpus')):
+        r = [sections[section][k] for k in rows]
+        m = np.array([v['MRR'] for v in r])
+        axis.barh(y, m, xerr=[m - [v['MRR_low'] for v in r], [v['MRR_high'] for v in r] - m], capsize=2,
+                  color=['0.25'] + ['0.75'] * (len(rows) - 1), edgecolor='black')
+        axis.axvline(sections[section]['chance']['MRR'], color='black', linestyle=':', label='chance')
+        axis.set(title=title, xlabel='mean reciprocal rank, 95 % interval', yticks=y, yticklabels=list(rows))
+    axes[1].legend(frameon=False, loc='lower right')
+    save('retrieval.png')
+
+    plt.figure()
+    for name, x, style in (('model', keep['z_all'], '-'), ('random encoder', keep['r_all'], '--'),
+                           ('Gaussian', unit(np.random.default_rng(0).standard_normal(keep['z_all'].shape)), ':')):
+        s = torch.linalg.svdvals(torch.from_numpy(x - x.mean(0))).numpy()
+        plt.semilogy(np.arange(1, len(s) + 1), s / max(s.sum(), 1e-12), style, color='black', label=name)
+    plt.xlabel('singular value, by size')
+    plt.ylabel('share of their sum')
+    plt.legend(frameon=False)
+    save('spectrum.png')
+
+    items, p, z_all = keep['items'], keep['p'], keep['z_all']
+    plt.figure()
+    for label, q, hatch in (('true next', items.target, ''), ('same document', items.start, '///'),
+                            ('unrelated', np.roll(items.target, len(p) // 2), '...')):
+        plt.hist((p * z_all[q]).sum(1), bins=np.linspace(-0.6, 1, 65), density=True, histtype='step', hatch=hatch,
+                 label=label, color={'': 'black', '///': '0.4', '...': '0.65'}[hatch])
+    plt.xlabel('cosine of prediction and concept')
+    plt.ylabel('density')
+    plt.legend(frameon=False)
+    save('cosines.png')
+
+    path = os.path.join(folder, 'metrics.csv')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            log = [r for r in csv.DictReader(f) if r['val_mrr']]
+        if len(log) > 1:
+            x = [int(r['tokens']) / 1e6 for r in log]
+            _, axes = plt.subplots(1, 2)
+            for axis, pair, label in ((axes[0], ('val_mrr', 'val_copy_mrr'), 'MRR, validation rows'),
+                                      (axes[1], ('val_skill', 'val_copy_skill'), 'skill')):
+                for key, style, name in zip(pair, ('-', '--'), ('model', 'copy-last')):
+                    axis.plot(x, [float(r[key]) for r in log], style, color='black', label=name)
+                axis.set(xlabel='million tokens of training', ylabel=label)
+                axis.legend(frameon=False)
+            plt.tight_layout()
+            save('training.png')
+    return names
+
+
+def answer(encoder, decoder, corpus, text):
+    """Print what the models make of the sentences of a prompt."""
+    sentences = split_sentences(text)
+    if not sentences:
+        raise Mistake('--prompt holds no sentence')
+    items = Items(corpus, np.random.default_rng(seed), max_pairs, 20_000, eval_context)
+    z_all, z, p = encoder.encode_tokens(items.sentences), encoder.encode(sentences), encoder.predict(sentences)
+    write = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+
+    def nearest(v):
+        for i in np.argsort(-(z_all @ v), kind='stable')[:3]:
+            print(f'    {z_all[i] @ v:.2f}  {encoder.tokenizer.decode(items.sentences[i])}')
+    for i, sentence in enumerate(sentences):
+        print(f'sentence: {sentence}')
+        if decoder:
+            print(f'  reconstruction: {decoder.generate(z[i:i + 1], **write)[0]}')
+        print('  nearest in validation:')
+        nearest(z[i])
+    print('next sentence' + (f', in words: {decoder.generate(p[None], **write)[0]}' if decoder else ':'))
+    print('  nearest in validation:')
+    nearest(p)
+
+
+def main():
+    """Evaluate, or answer a prompt."""
+    encoder, decoder, train_corpus, corpus = load(out_dir)
+    folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
+    if prompt:
+        answer(encoder, decoder, corpus, prompt)
+        return
+    if not decoder:
+        print(f'no decoder in {folder}: text and perplexity are left out (train_decoder.py makes one)')
+    if not sts:
+        print('STS is left out: --sts=<file of score, s1, s2>, or --sts=hub')
+    sections, counts, keep = evaluate(encoder, decoder, train_corpus, corpus)
+    word, rule, beaten = verdict(sections)
+    table = markdown(sections)
+    names = pictures(folder, sections, keep)
+    behind = 'Baselines ahead of the model: ' + ('; '.join(beaten) if beaten else 'none') + '.'
+    report = '\n\n'.join([f'# {word}', f'Rule: {rule}.', behind,
+                          ', '.join(f'{v:,} {k}' for k, v in counts.items()) + '. In brackets: 95 % intervals over documents.',
+                          '## Metrics', table, '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names),
+                          '## Samples', samples(encoder, keep, np.random.default_rng(seed))]) + '\n'
+    with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as f:
+        f.write(report)
+    with open(os.path.join(folder, 'metrics.json'), 'w', encoding='utf-8') as f:
+        json.dump({'verdict': word, 'rule': rule, 'ahead of the model': beaten, 'counts': counts, 'metrics': sections,
+                   'settings': settings}, f, indent=1)
+    print(table)
+    print(f'{behind}\n{word}: {rule}.\n{folder}/report.md has samples and pictures')
+
+
+if __name__ == '__main__':
+    settings = override(globals())
+    try:
+        main()
+    except Mistake as error:
+        raise SystemExit(f'evaluate.py: {error}') from None
+    except OSError as error:
+        raise SystemExit(f'evaluate.py: {error}') from None
