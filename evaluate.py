@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -188,10 +189,11 @@ def tfidf(sentences, idf_from, width=2**18):
         value = (1 + np.log(count)) * idf[index]
         return index, value / max(np.linalg.norm(value), 1e-12)
     parts = [vector(ids) for ids in sentences]
-    matrix = torch.sparse_csr_tensor(torch.from_numpy(np.cumsum([0, *(len(i) for i, _ in parts)])),
-                                     torch.from_numpy(np.concatenate([i for i, _ in parts])),
-                                     torch.from_numpy(np.concatenate([v for _, v in parts])).float(),
-                                     (len(sentences), width), check_invariants=False)
+    with warnings.catch_warnings(action='ignore'):  # torch calls its sparse tensors beta
+        matrix = torch.sparse_csr_tensor(torch.from_numpy(np.cumsum([0, *(len(i) for i, _ in parts)])),
+                                         torch.from_numpy(np.concatenate([i for i, _ in parts])),
+                                         torch.from_numpy(np.concatenate([v for _, v in parts])).float(),
+                                         (len(sentences), width), check_invariants=False)
     return matrix, vector
 
 
@@ -320,7 +322,7 @@ def load(path):
         raise Mistake(str(error)) from None
 
 
-def evaluate(encoder, decoder, train_corpus, corpus):
+def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
     """All metrics as {section: {row: {column: number}}}, and what the samples and pictures need."""
     rng = np.random.default_rng(seed)
     steps = tqdm(total=9 if decoder else 6, desc='evaluate', disable=not sys.stderr.isatty())
@@ -341,7 +343,7 @@ def evaluate(encoder, decoder, train_corpus, corpus):
         fitted = fitted or ridge(mean, z_all[x.target])
         p = encoder.predict_windows(x.sentences, x.windows, batch_size)
         return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': mean, 'ridge': unit(mean @ fitted[0] + fitted[1]),
-                'shuffled context': np.roll(p, len(p) // 2, 0)}, fitted
+                'shuffled context': np.roll(p, len(p) // 3, 0)}, fitted
     train_p, fitted = predictors(train, z_train_all)
     p_by, _ = predictors(items, z_all, fitted)
     z, z_train = z_all[items.target], z_train_all[train.target]
@@ -424,9 +426,9 @@ def evaluate(encoder, decoder, train_corpus, corpus):
     for ids in train.sentences:
         df[np.unique(ids)] += 1
     idf = np.log((1 + len(train.sentences)) / (1 + df))
-    if sts:
+    if sts_pairs:
         sections['STS, Spearman x 100'] = {}
-        for name, rows in sts_files(sts).items():
+        for name, rows in sts_pairs.items():
             for row, value in sts_scores(rows, encoder, random, idf).items():
                 sections['STS, Spearman x 100'].setdefault(row, {})[name] = value
 
@@ -658,7 +660,7 @@ def main():
         print(f'no decoder in {folder}: text and perplexity are left out (train_decoder.py makes one)')
     if not sts:
         print('STS is left out: --sts=<file of score, s1, s2>, or --sts=hub')
-    sections, counts, keep = evaluate(encoder, decoder, train_corpus, corpus)
+    sections, counts, keep = evaluate(encoder, decoder, train_corpus, corpus, sts_files(sts) if sts else {})
     word, rule, beaten = verdict(sections)
     table = markdown(sections)
     names = pictures(folder, sections, keep)
@@ -680,7 +682,5 @@ if __name__ == '__main__':
     settings = override(globals())
     try:
         main()
-    except Mistake as error:
-        raise SystemExit(f'evaluate.py: {error}') from None
-    except OSError as error:
+    except (Mistake, OSError) as error:
         raise SystemExit(f'evaluate.py: {error}') from None

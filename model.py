@@ -149,7 +149,9 @@ def sentence_mean(h, sentence, n_sentences):
 class Predictor(nn.Module):
     """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
 
-    The branches of its blocks end in zeros, so it starts as the identity: it predicts "the same again".
+    It starts as "the same again, and something of what went before": the branches of its blocks end in zeros, but for
+    the first attention, which starts close to the mean of the (normalised) concepts so far. The last sentence alone
+    tells place, the mean tells topic.
     """
 
     def __init__(self, n_layer, n_head, n_embd, dropout=0.0):
@@ -159,6 +161,11 @@ class Predictor(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.proj.weight)
             nn.init.zeros_(block.down.weight)
+        with torch.no_grad():
+            for block in self.blocks[:1]:
+                block.qkv.weight[:2 * n_embd] *= 0.1  # scores near 0: nearly equal attention
+                block.qkv.weight[2 * n_embd:] = torch.eye(n_embd)
+                block.proj.weight.copy_(torch.eye(n_embd))
 
     def forward(self, c, document):
         """c (B, S, D) concepts scaled to length sqrt(D), document (B, S) -> predictions (B, S, D) of any length."""
@@ -257,18 +264,26 @@ class JEPA(nn.Module):
         return sentence_mean(self.target(tokens, mask), sentence, n_sentences)
 
     def predict(self, tokens, sentence, document, mask):
-        """Predictions (B, S, D), fp32, of any length: p[:, i] of the concept of sentence i + 1."""
+        """Predictions (B, S, D), fp32, of any length, of the concept of sentence i + 1, from the online encoder."""
         c = sentence_mean(self.encoder(tokens, mask), sentence, document.shape[1])
         return self.predict_concepts(self.whitening(c), document)
 
     def predict_concepts(self, concepts, document):
-        """As predict, from unit-norm concepts (B, S, D): with context='concepts' it can be fed its own predictions."""
+        """As predict, from unit-norm concepts (B, S, D): how a model of context='concepts' is used after training."""
         return self.predictor(concepts * concepts.shape[-1] ** 0.5, document).float()
 
     def forward(self, tokens, sentence, document, concepts, mask):
-        """Sum over pairs of 1 - cos(p[i], concept[i + 1]); concepts (B, S, D) are the batch's whitened targets."""
+        """Sum over pairs of 1 - cos(p[i], concept[i + 1]); concepts (B, S, D) are the batch's whitened targets.
+
+        With context='concepts' the predictor learns from two inputs, half the loss each: the online encoder's states,
+        through which the encoder learns, and the targets' own concepts, which it reads after training. The online
+        encoder runs ahead of its average: a predictor that had seen only its states retrieved less.
+        """
         p = self.predict(tokens, sentence, document, mask)
         cos = F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)
+        if self.config.context == 'concepts':
+            p = self.predict_concepts(concepts, document)
+            cos = (cos + F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)) / 2
         return ((1 - cos) * pairs(document)).sum()
 
     @torch.no_grad()
@@ -554,10 +569,9 @@ class SentenceEncoder:
         return self.encode_tokens(self.tokenizer.encode_batch(list(sentences)), batch_size, show_progress_bar)
 
     @torch.inference_mode()
-    def encode_tokens(self, sequences, batch_size=64, show_progress_bar=None, context=False) -> np.ndarray:
-        """As encode, from token ids. `context=True` uses the online encoder, which the predictor reads."""
+    def encode_tokens(self, sequences, batch_size=64, show_progress_bar=None) -> np.ndarray:
+        """As encode, from token ids."""
         out = np.empty((len(sequences), self.dim), dtype=np.float32)
-        encoder = self.model.encoder if context else self.model.target
         hide = len(sequences) < 10_000 or None if show_progress_bar is None else not show_progress_bar
         bar = tqdm(total=len(sequences), desc='encode', unit='sentence', disable=hide, leave=False)
         for index, ids, lengths in rows_by_length([s[:self.max_tokens] for s in sequences], batch_size):
@@ -566,8 +580,9 @@ class SentenceEncoder:
             sentence = torch.from_numpy(inside).to(self.device).long() - 1  # 0 in the sentence, -1 in padding
             document = sentence.new_zeros(len(ids), 1)
             with self.autocast:
-                h = encoder(tokens, build_mask(sentence_view(sentence, document), tokens.shape, self.device))
-            out[index] = self.model.whitening(sentence_mean(h, sentence, 1)[:, 0]).cpu().numpy()
+                own = build_mask(sentence_view(sentence, document), tokens.shape, self.device)
+                z = self.model.target_means(tokens, sentence, 1, own)[:, 0]
+            out[index] = self.model.whitening(z).cpu().numpy()
             bar.update(len(index))
         bar.close()
         return out
@@ -590,7 +605,7 @@ class SentenceEncoder:
         sequences = [s[:self.max_tokens] for s in sequences]
         out = np.empty((len(windows), self.dim), dtype=np.float32)
         if self.model.config.context == 'concepts':
-            return self.roll(self.encode_tokens(sequences, batch_size, context=True), windows, batch_size)
+            return self.roll(self.encode_tokens(sequences, batch_size), windows)
         texts = [np.concatenate(sequences[a:b]) for a, b in windows]
         for index, ids, _ in rows_by_length(texts, batch_size):
             sentence = np.full(ids.shape, -1, dtype=np.int64)

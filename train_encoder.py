@@ -229,7 +229,8 @@ def neighbours(corpus, n):
         own, context_mask = masks(sentence, document)
         with autocast:
             z = model.whitening(model.target_means(tokens, sentence, document.shape[1], own))
-            p = lib.unit(model.predict(tokens, sentence, document, context_mask))
+            p = lib.unit(model.predict_concepts(z, document) if context == 'concepts' else
+                         model.predict(tokens, sentence, document, context_mask))
         row, place = lib.pairs(document).nonzero(as_tuple=True)
         key = (i * len(tokens) + row) * document.shape[1] + document[row, place]
         parts.append((p[row, place], z[row, place + 1], z[row, place], key, place))

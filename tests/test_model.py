@@ -79,10 +79,14 @@ def test_targets_see_only_their_sentence(batch):
     assert not torch.equal(before[:, 2], after[:, 2])
 
 
-def test_the_predictor_starts_as_the_identity():
+def test_the_predictor_starts_between_the_last_sentence_and_the_mean():
     net = lib.JEPA(lib.JEPAConfig(400, n_layer=1, n_head=2, n_embd=32)).eval()
-    c = lib.unit(torch.randn(2, 5, 32))
-    assert torch.allclose(lib.unit(net.predict_concepts(c, torch.zeros(2, 5, dtype=torch.long))), c, atol=1e-6)
+    c = lib.unit(torch.randn(2, 9, 32))
+    p = lib.unit(net.predict_concepts(c, torch.zeros(2, 9, dtype=torch.long)))
+    assert torch.allclose(p[:, 0], c[:, 0], atol=1e-5)
+    mean = lib.unit(c[:, :].cumsum(1) / torch.arange(1, 10)[None, :, None])
+    assert torch.allclose(p, lib.unit(c + c.cumsum(1) / torch.arange(1, 10)[None, :, None]), atol=0.1)
+    assert ((p * c).sum(-1)[:, 1:] > (p * mean).sum(-1)[:, 1:]).all(), 'nearer to the last than to the mean'
 
 
 def test_whitening_gives_unit_covariance():

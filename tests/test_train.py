@@ -1,0 +1,174 @@
+"""train_encoder.py and train_decoder.py as a user runs them: resume, several ranks, interruptions, mistakes."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+import model as lib
+
+SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=2', '--block_size=128', '--compile=False', '--eval_iters=2',
+         '--warmup_iters=5', '--max_iters=20', '--eval_interval=10', '--log_interval=5', '--gradient_accumulation_steps=2',
+         '--dropout=0.1']
+ENCODER = [*SMALL, '--predictor_layer=1', '--whiten_interval=3']
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal(a, b, close=False):
+    for key, value in a['model'].items():
+        if close:
+            assert torch.allclose(value.float(), b['model'][key].float(), atol=2e-4), key
+        else:
+            assert torch.equal(value, b['model'][key]), key
+
+
+def rows(path):
+    """metrics.csv without its clocks."""
+    with open(path) as f:
+        return [{k: v for k, v in r.items() if k not in ('seconds', 'tokens_per_s', 'predictions_per_s')}
+                for r in csv.DictReader(f)]
+
+
+def interrupt_after(step, script, *arguments):
+    """Run a script and send it SIGTERM once metrics show `step`; returns the exit code and what it said."""
+    out = next(a.split('=')[1] for a in arguments if a.startswith('--out_dir='))
+    log = os.path.join(out, 'metrics.csv' if 'encoder' in script else 'metrics_decoder.csv')
+    process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env={**os.environ, 'OMP_NUM_THREADS': '2'})
+    end = time.time() + 120
+    while time.time() < end and process.poll() is None:
+        if os.path.exists(log) and any(int(r['step']) >= step for r in rows(log)):
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.fixture(scope='module')
+def straight(corpus_dir, tmp_path_factory):
+    """20 steps of the encoder, then of the decoder, without a break."""
+    out = str(tmp_path_factory.mktemp('straight') / 'out')
+    run('train_encoder.py', f'--data_dir={corpus_dir}', f'--out_dir={out}', *ENCODER)
+    run('train_decoder.py', f'--out_dir={out}', *SMALL)
+    return out
+
+
+def test_resume_is_exact(straight, corpus_dir, tmp_path):
+    out = str(tmp_path / 'out')
+    encoder = [f'--data_dir={corpus_dir}', f'--out_dir={out}', *ENCODER]
+    code, said = interrupt_after(5, os.path.join(ROOT, 'train_encoder.py'), *encoder)
+    assert code == 143, said
+    assert '--init_from=resume' in said
+    assert 0 < lib.load_checkpoint(out, 'encoder')['step'] < 20
+    run('train_encoder.py', *encoder, '--init_from=resume')
+    a, b = weights(f'{straight}/encoder.pt'), weights(f'{out}/encoder.pt')
+    assert_equal(a, b)
+    for i, state in a['optimizer']['state'].items():
+        assert torch.equal(state['exp_avg_sq'], b['optimizer']['state'][i]['exp_avg_sq'])
+
+    def logged(folder, name):
+        return {(r['step'], bool(r['val_loss'])): r for r in rows(f'{folder}/{name}')}
+    one, two = logged(straight, 'metrics.csv'), logged(out, 'metrics.csv')
+    assert all(two[k] == v for k, v in one.items() if k in two and k[1])
+    steps = [int(r['step']) for r in rows(f'{out}/metrics.csv')]
+    assert steps == sorted(steps)
+
+    decoder = [f'--out_dir={out}', *SMALL]
+    code, said = interrupt_after(5, os.path.join(ROOT, 'train_decoder.py'), *decoder)
+    assert code == 143, said
+    run('train_decoder.py', *decoder, '--init_from=resume')
+    assert_equal(weights(f'{straight}/decoder.pt'), weights(f'{out}/decoder.pt'))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def torchrun(script, *arguments):
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}',
+                           script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_two_ranks_are_one_process(corpus_dir, tmp_path):
+    exact = ['--dropout=0', '--concept_noise=0', '--concept_dropout=0']
+    encoder = [f'--data_dir={corpus_dir}', *ENCODER, exact[0]]
+    run('train_encoder.py', *encoder, f'--out_dir={tmp_path}/one')
+    torchrun('train_encoder.py', *encoder, f'--out_dir={tmp_path}/two')
+    assert_equal(weights(tmp_path / 'one' / 'encoder.pt'), weights(tmp_path / 'two' / 'encoder.pt'), close=True)
+    logs = [[r['loss'] for r in rows(tmp_path / name / 'metrics.csv') if r['loss']] for name in ('one', 'two')]
+    assert [float(x) for x in logs[0]] == pytest.approx([float(x) for x in logs[1]], rel=1e-3)
+    decoder = [f'--encoder_path={tmp_path}/one', *SMALL, *exact]
+    run('train_decoder.py', *decoder, f'--out_dir={tmp_path}/three')
+    torchrun('train_decoder.py', *decoder, f'--out_dir={tmp_path}/four')
+    assert_equal(weights(tmp_path / 'three' / 'decoder.pt'), weights(tmp_path / 'four' / 'decoder.pt'), close=True)
+
+
+def test_training_learns_and_does_not_collapse(corpus_dir, tmp_path):
+    """On documents that repeat their words, retrieval passes chance and unrelated pairs stay apart."""
+    run('train_encoder.py', f'--data_dir={corpus_dir}', f'--out_dir={tmp_path}/out', *ENCODER, '--max_iters=150', '--dropout=0',
+        '--eval_interval=50', '--learning_rate=1e-3', '--context=tokens')
+    values = [r for r in rows(tmp_path / 'out' / 'metrics.csv') if r['val_loss']]
+    first, last = values[0], values[-1]
+    assert float(last['val_loss']) < float(first['val_loss'])
+    assert float(last['val_skill']) > 0
+    assert float(last['val_rank']) > 0.3 * 32
+    assert float(last['val_cos_unrelated']) < 0.3
+
+
+def test_the_concept_tells_the_decoder_something(straight):
+    values = [r for r in rows(f'{straight}/metrics_decoder.csv') if r['val_loss']]
+    assert float(values[-1]['val_loss']) < float(values[0]['val_loss'])
+
+
+def test_the_copies_of_the_glue_are_equal():
+    """lr_at and on_signal stand in both training scripts; they are to stay the same."""
+    def functions(script):
+        text = open(os.path.join(ROOT, script)).read()
+        return [text[text.index(f'def {name}('):].split('\n\n\n')[0] for name in ('lr_at', 'on_signal', 'to_device', 'micro_batches')]
+    assert functions('train_encoder.py') == functions('train_decoder.py')
+
+
+@pytest.mark.parametrize(('script', 'arguments', 'says'), [
+    ('train_encoder.py', ['--data_dir=nowhere'], 'prepare.py'),
+    ('train_encoder.py', ['--init_from=resum'], 'scratch'),
+    ('train_encoder.py', ['--n_head=5'], 'n_head'),
+    ('train_encoder.py', ['--context=sentences'], 'tokens'),
+    ('train_encoder.py', ['--dtype=float8'], 'bfloat16'),
+    ('train_encoder.py', ['--learning_rat=1'], 'learning_rate'),
+    ('train_encoder.py', ['--init_from=resume', '--out_dir=nowhere'], 'no encoder'),
+    ('train_decoder.py', ['--out_dir=nowhere'], 'train_encoder.py')])
+def test_mistakes_are_one_line(script, arguments, says, corpus_dir, tmp_path):
+    given = ENCODER if 'encoder' in script else SMALL
+    place = [] if any('data_dir' in a for a in arguments) else [f'--data_dir={corpus_dir}']
+    done = run(script, *given, f'--out_dir={tmp_path}/new', *place, *arguments, check=False)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_nothing_is_overwritten(straight, corpus_dir):
+    before = weights(f'{straight}/encoder.pt')
+    done = run('train_encoder.py', f'--data_dir={corpus_dir}', f'--out_dir={straight}', *ENCODER, check=False)
+    assert done.returncode == 1
+    assert 'exists' in done.stderr
+    done = run('train_encoder.py', f'--data_dir={corpus_dir}', f'--out_dir={straight}', *ENCODER, '--init_from=resume', '--n_layer=2',
+               check=False)
+    assert done.returncode == 1
+    assert 'n_layer=1' in done.stderr
+    assert_equal(before, weights(f'{straight}/encoder.pt'))
