@@ -2,4 +2,4 @@
 dataset = 'web-bible'
 data_dir = 'data/demo'
 tokenizer = 'bpe:4096'
-val_fraction = 0.15
+val_fraction = 0.25

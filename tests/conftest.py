@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -18,6 +19,13 @@ def run(script, *args, check=True, **environment):
                           env={**os.environ, 'OMP_NUM_THREADS': '2', **environment})
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def free_port():
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 @pytest.fixture(scope='session')

@@ -4,10 +4,15 @@ import gzip
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
+import hub
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, free_port, run
 
 import prepare
 
@@ -204,3 +209,71 @@ def test_the_embedded_bible_reads_clean():
     chapters = list(prepare.read_bible())
     assert len(chapters) == 1189
     assert chapters[0].startswith('In the beginning')
+
+
+HUB_TEXTS = [f'Document {i} begins here. It says {i * 7}. Then it ends.' for i in range(60)]
+
+
+def stand_in(failures=0):
+    return hub.Hub({'README.md': hub.CARD.encode(), 'sample/10BT/000_00000.parquet': hub.parquet(HUB_TEXTS[:30]),
+                    'sample/10BT/001_00000.parquet': hub.parquet(HUB_TEXTS[30:]), 'data/CC/000.parquet': hub.parquet(['Wrong.'])},
+                   failures)
+
+
+def read_all(folder):
+    return sorted(' '.join(c.tokenizer.decode(s) for s in c.document(d))
+                  for c in (prepare.Corpus(folder, 'train'), prepare.Corpus(folder, 'val')) for d in range(c.n_documents))
+
+
+@pytest.mark.parametrize('failures', [0, 3])
+def test_fineweb_edu_is_streamed_from_the_hub(tmp_path, failures):
+    """The defaults, as a user runs them, against the routes that the hub's client asks; also when some fail first."""
+    with stand_in(failures) as server:
+        run('prepare.py', f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--val_fraction=0.2',
+            HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'))
+        assert any('sample/10BT/001' in path for path in server.asked)
+        assert not any('data/CC' in path and 'resolve' in path for path in server.asked), 'sample-10BT only'
+    assert read_all(tmp_path / 'out') == sorted(HUB_TEXTS)
+
+
+def test_a_missing_column_on_the_hub_is_named(tmp_path):
+    with stand_in() as server:
+        done = run('prepare.py', f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--text_column=body',
+                   HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'), check=False)
+    assert done.returncode == 1
+    assert 'language_score' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_torchrun_shares_a_source(tmp_path):
+    """Two ranks write their own shards and one meta.json: the same documents as one process."""
+    source = tmp_path / 'docs.jsonl'
+    source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in HUB_TEXTS))
+    run('-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', 'prepare.py', f'--dataset={source}',
+        f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--val_fraction=0.2')
+    assert read_all(tmp_path / 'out') == sorted(HUB_TEXTS)
+    assert len([f for f in os.listdir(tmp_path / 'out') if f.endswith('.documents')]) == 4
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    """SIGTERM in the middle: exit 143, and the same command again gives the bytes of an undisturbed run."""
+    source = tmp_path / 'docs.jsonl'
+    source.write_text(''.join(json.dumps({'text': f'{t} ' * 200}) + '\n' for t in HUB_TEXTS * 25))
+    arguments = [f'--dataset={source}', '--tokenizer=bpe:300', '--num_proc=1', '--shard_tokens=100000']
+    run('prepare.py', *arguments, f'--data_dir={tmp_path}/whole')
+    process = subprocess.Popen([sys.executable, 'prepare.py', *arguments, f'--data_dir={tmp_path}/out'], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.time() + 100
+    while time.time() < end and process.poll() is None and not (tmp_path / 'out' / 'train_000001.documents').exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert not (tmp_path / 'out' / 'meta.json').exists()
+    with pytest.raises((OSError, ValueError)):
+        prepare.Corpus(tmp_path / 'out', 'train')
+    run('prepare.py', *arguments, f'--data_dir={tmp_path}/out')
+    names = sorted(f for f in os.listdir(tmp_path / 'whole') if f != 'meta.json')
+    assert names == sorted(f for f in os.listdir(tmp_path / 'out') if f != 'meta.json')
+    for name in names:
+        assert (tmp_path / 'whole' / name).read_bytes() == (tmp_path / 'out' / name).read_bytes(), name
