@@ -77,7 +77,7 @@ class Items:
     def candidates(self, rng, context, others=31):
         """Candidate sentences of each pair, -1 where there are fewer, the true one first: (a), (b), corpus."""
         first = np.searchsorted(self.document, np.arange(self.document[-1] + 2))
-        one = np.array([rng.integers(a, b) for a, b in zip(first[:-1], first[1:])])  # a sentence of each document
+        one = rng.integers(first[:-1], first[1:])  # a sentence of each document
         if len(one) > 10_000:
             one = one[np.sort(rng.permutation(len(one))[:10_000])]
         inside, repeats, corpus = [], [], []
@@ -240,7 +240,7 @@ def read_sts(path):
             head = f.readline()
             f.seek(0)
             tabs = '\t' in head
-            table = list(csv.reader(f, delimiter='\t' if tabs else ',', quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL))
+            table = list(csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE) if tabs else csv.reader(f))
     except (OSError, UnicodeDecodeError) as error:
         raise Mistake(f'cannot read --sts={path}: {error}') from None
     rows, at = [], None
@@ -272,8 +272,9 @@ def sts_files(names):
         return {os.path.basename(n): read_sts(n) for n in names.split(',')}
     try:
         import datasets
-        return {f'STS-B {s}': [(r['score'], r['sentence1'], r['sentence2']) for r in
-                               datasets.load_dataset('sentence-transformers/stsb', split=s)] for s in ('validation', 'test')}
+        return {f'STS-B {split}': [(r['score'], r['sentence1'], r['sentence2']) for r in
+                                   datasets.load_dataset('sentence-transformers/stsb', split=split)]
+                for split in ('validation', 'test')}
     except Exception as error:  # the client raises dozens of kinds for a hub that is out of reach
         raise Mistake(f'cannot download STS-B ({type(error).__name__}): give --sts=<file of score, s1, s2>') from None
 
@@ -342,7 +343,8 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
         mean = unit(np.stack([z_all[a:b].mean(0) for a, b in x.windows]))
         fitted = fitted or ridge(mean, z_all[x.target])
         p = encoder.predict_windows(x.sentences, x.windows, batch_size)
-        return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': mean, 'ridge': unit(mean @ fitted[0] + fitted[1]),
+        return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': mean,
+                'ridge': unit(mean @ fitted[0] + fitted[1]),
                 'shuffled context': np.roll(p, len(p) // 3, 0)}, fitted
     train_p, fitted = predictors(train, z_train_all)
     p_by, _ = predictors(items, z_all, fitted)
@@ -388,7 +390,7 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
 
     def window_mean(all_):
         return unit(np.stack([all_[a:b].mean(0) for a, b in items.windows]))
-    spaces = {name: dense(p_by[name], z_all) for name in ('model', 'copy-last', 'context mean', 'ridge', 'shuffled context')}
+    spaces = {name: dense(p, z_all) for name, p in p_by.items() if name != 'mean target'}
     spaces |= {'random encoder': dense(window_mean(r_all), r_all), 'token mean': dense(window_mean(t_all), t_all),
                'TF-IDF of the window': sparse}
     place = {}
@@ -454,18 +456,22 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, pro
     with torch.inference_mode(), decoder.autocast:
         none = decoder.model.generate(torch.zeros(1, z.shape[1], device=decoder.device),
                                       keep=torch.zeros(1, dtype=torch.bool, device=decoder.device))[0].tolist()
-    none = decoder.tokenizer.decode(none[:none.index(decoder.model.config.eos)] if decoder.model.config.eos in none else none)
-    rebuilt, predicted = decoder.generate(concepts, batch_size=batch_size), decoder.generate(p[at], batch_size=batch_size)
-    wrote = {'reconstruct': rebuilt, 'reconstruct, shuffled concept': [rebuilt[i] for i in shuffled], 'predict': predicted,
-             'predict, shuffled concept': [predicted[i] for i in shuffled], 'no concept': [none] * len(at),
+    eos = decoder.model.config.eos
+    none = decoder.tokenizer.decode(none[:none.index(eos)] if eos in none else none)
+    rebuilt, predicted = (decoder.generate(c, batch_size=batch_size) for c in (concepts, p[at]))
+    wrote = {'reconstruct': rebuilt, 'reconstruct, shuffled concept': [rebuilt[i] for i in shuffled],
+             'predict': predicted, 'predict, shuffled concept': [predicted[i] for i in shuffled],
+             'no concept': [none] * len(at),
              'copy-last': [text(items.sentences[i - 1]) for i in items.target[at]]}
     scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
     out = {'text': {}, 'perplexity': {}, 'round trip': {}}
     for name, texts in wrote.items():
         rouge = [scorer.score(t, w) for t, w in zip(truth, texts)]
         out['text'][name] = {'BLEU': sacrebleu.corpus_bleu(texts, [truth]).score,
-                             'chrF': sacrebleu.corpus_chrf(texts, [truth]).score} | {
-            f'ROUGE-{k[5:]}': 100 * float(np.mean([r[k].fmeasure for r in rouge])) for k in ('rouge1', 'rouge2', 'rougeL')}
+                             'chrF': sacrebleu.corpus_chrf(texts, [truth]).score}
+        for kind in ('1', '2', 'L'):
+            f1 = np.mean([r[f'rouge{kind}'].fmeasure for r in rouge])
+            out['text'][name][f'ROUGE-{kind}'] = 100 * float(f1)
     keep['texts'] = {'at': at, 'truth': truth, 'reconstruct': rebuilt, 'predict': predicted}
 
     progress('perplexity')
@@ -509,7 +515,8 @@ def verdict(sections):
                              'above 0'), beaten
     if inside['model']['MRR_low'] > inside['chance']['MRR'] and f['model']['skill_low'] > 0 and \
             f['model']['skill'] > f['copy-last']['skill']:
-        return 'learns', 'skill is above 0 and above copy-last, and retrieval in the document above chance, intervals apart', beaten
+        return 'learns', ('skill is above 0 and above copy-last, and retrieval in the document above chance, '
+                          'intervals apart'), beaten
     return 'topic only', (f"retrieval over the corpus has MRR {corpus['model']['MRR']:.3f} (chance "
                           f"{corpus['chance']['MRR']:.3f}), but within the document, or in skill against copy-last, "
                           'nothing is shown'), beaten
@@ -533,7 +540,8 @@ def markdown(sections):
             for c in columns:
                 low = row.get(f'{c}_low', row.get('low') if c == 'nats per token' else None)
                 high = row.get(f'{c}_high', row.get('high') if c == 'nats per token' else None)
-                cells.append('' if c not in row else number(row[c]) + (f' ({number(low)} to {number(high)})' if low is not None else ''))
+                interval = f' ({number(low)} to {number(high)})' if low is not None else ''
+                cells.append(number(row[c]) + interval if c in row else '')
             out.append(f'| {name} | ' + ' | '.join(cells) + ' |')
         out.append('')
     return '\n'.join(out)
@@ -666,7 +674,8 @@ def main():
     names = pictures(folder, sections, keep)
     behind = 'Baselines ahead of the model: ' + ('; '.join(beaten) if beaten else 'none') + '.'
     report = '\n\n'.join([f'# {word}', f'Rule: {rule}.', behind,
-                          ', '.join(f'{v:,} {k}' for k, v in counts.items()) + '. In brackets: 95 % intervals over documents.',
+                          ', '.join(f'{v:,} {k}' for k, v in counts.items())
+                          + '. In brackets: 95 % intervals over documents.',
                           '## Metrics', table, '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names),
                           '## Samples', samples(encoder, keep, np.random.default_rng(seed))]) + '\n'
     with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as f:

@@ -11,6 +11,7 @@ tokenizer was trained here, and per shard three arrays: {train,val}_000000.token
 """
 
 import base64
+import codecs
 import glob
 import hashlib
 import io
@@ -240,9 +241,9 @@ def read_file(path, column, separator):
             raise Mistake(f"{path}: expected .txt, .jsonl or .parquet, plain or .gz, .xz, .zst")
         with open_text(path) as f:
             if kind == 'txt' and separator:
-                buffer = ''
+                buffer, decode = '', codecs.getincrementaldecoder('utf-8')('replace').decode
                 while chunk := f.read(1 << 20):
-                    *whole, buffer = (buffer + chunk.decode('utf-8', 'replace')).split(separator)
+                    *whole, buffer = (buffer + decode(chunk)).split(separator)
                     yield from whole
                 yield buffer
                 return

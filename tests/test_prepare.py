@@ -220,7 +220,7 @@ def stand_in(failures=0):
                    failures)
 
 
-def read_all(folder):
+def documents_of(folder):
     return sorted(' '.join(c.tokenizer.decode(s) for s in c.document(d))
                   for c in (prepare.Corpus(folder, 'train'), prepare.Corpus(folder, 'val')) for d in range(c.n_documents))
 
@@ -233,7 +233,7 @@ def test_fineweb_edu_is_streamed_from_the_hub(tmp_path, failures):
             HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'))
         assert any('sample/10BT/001' in path for path in server.asked)
         assert not any('data/CC' in path and 'resolve' in path for path in server.asked), 'sample-10BT only'
-    assert read_all(tmp_path / 'out') == sorted(HUB_TEXTS)
+    assert documents_of(tmp_path / 'out') == sorted(HUB_TEXTS)
 
 
 def test_a_missing_column_on_the_hub_is_named(tmp_path):
@@ -251,7 +251,7 @@ def test_torchrun_shares_a_source(tmp_path):
     source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in HUB_TEXTS))
     run('-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', 'prepare.py', f'--dataset={source}',
         f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--val_fraction=0.2')
-    assert read_all(tmp_path / 'out') == sorted(HUB_TEXTS)
+    assert documents_of(tmp_path / 'out') == sorted(HUB_TEXTS)
     assert len([f for f in os.listdir(tmp_path / 'out') if f.endswith('.documents')]) == 4
 
 
