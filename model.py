@@ -150,8 +150,8 @@ class Predictor(nn.Module):
     """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
 
     It starts as "the same again, and something of what went before": the branches of its blocks end in zeros, but for
-    the first attention, which starts close to the mean of the (normalised) concepts so far. The last sentence alone
-    tells place, the mean tells topic.
+    the first attention, which starts close to twice the mean of the concepts so far. The last sentence tells place,
+    the mean tells topic.
     """
 
     def __init__(self, n_layer, n_head, n_embd, dropout=0.0):
@@ -165,7 +165,7 @@ class Predictor(nn.Module):
             for block in self.blocks[:1]:
                 block.qkv.weight[:2 * n_embd] *= 0.1  # scores near 0: nearly equal attention
                 block.qkv.weight[2 * n_embd:] = torch.eye(n_embd)
-                block.proj.weight.copy_(torch.eye(n_embd))
+                block.proj.weight.copy_(2 * torch.eye(n_embd))
 
     def forward(self, c, document):
         """c (B, S, D) concepts scaled to length sqrt(D), document (B, S) -> predictions (B, S, D) of any length."""
