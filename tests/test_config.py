@@ -1,6 +1,11 @@
 """config.override: presets and --name=value, and what a mistake says."""
 
+import ast
+import contextlib
+import os
+
 import pytest
+from conftest import ROOT, run
 
 from config import override
 
@@ -41,3 +46,35 @@ def test_a_preset_is_checked_alike(tmp_path, line, says):
     preset.write_text(line + '\n')
     with pytest.raises(SystemExit, match=says):
         override(names(), [str(preset)])
+
+
+def defaults(script):
+    """The settings of a script, read without running it."""
+    values = {}
+    for node in ast.parse(open(os.path.join(ROOT, script)).read()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            with contextlib.suppress(ValueError):
+                values[node.targets[0].id] = ast.literal_eval(node.value)
+    return {**values, '__file__': os.path.join(ROOT, script)}
+
+
+STAGES = {'prepare': 'prepare.py', 'encoder': 'train_encoder.py', 'decoder': 'train_decoder.py'}
+PRESETS = sorted(f for f in os.listdir(os.path.join(ROOT, 'config')) if f.endswith('.py') and f != '__init__.py')
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_every_preset_fits_its_stage(preset):
+    scope = defaults(STAGES[preset.split('_')[0]])
+    override(scope, [os.path.join(ROOT, 'config', preset)])
+    if 'n_head' in scope:
+        assert scope['n_embd'] % (2 * scope['n_head']) == 0
+    assert scope['data_dir' if preset.startswith('prepare') else 'out_dir']
+
+
+@pytest.mark.parametrize('script', [*STAGES.values(), 'evaluate.py'])
+def test_help_shows_every_setting_and_what_it_means(script):
+    done = run(script, '--help')
+    shown = defaults(script)
+    for name in (n for n in shown if n.islower() and not n.startswith('_')):
+        if isinstance(shown[name], bool | int | float | str) and name not in ('step', 'first_step', 'interrupted'):
+            assert f'--{name}' in done.stdout, name
