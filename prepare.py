@@ -369,9 +369,9 @@ def work(texts, max_tokens, fraction, dtype):
 class Writer:
     """One split's shards of one rank. A shard is written under a temporary name and renamed when whole."""
 
-    def __init__(self, directory, split, rank, world_size, itemsize, state=None):
+    def __init__(self, directory, split, rank, world_size, state=None):
         self.directory, self.split, self.rank, self.world_size = directory, split, rank, world_size
-        self.itemsize, self.files = itemsize, None
+        self.files = None
         self.state = state or {'shards': [], 'tokens': 0, 'sentences': 0, 'documents': 0, 'bytes': None}
 
     def path(self, suffix, temporary=True):
@@ -519,7 +519,7 @@ def prepare(s):
         print(f"going on after {progress['read']:,} documents")
     spec = tokenizer_spec(s, rank)
     dtype = np.uint16 if spec['n_vocab'] <= 2**16 else np.uint32
-    writers = {k: Writer(directory, k, rank, world_size, np.dtype(dtype).itemsize, progress['writers'].get(k))
+    writers = {k: Writer(directory, k, rank, world_size, progress['writers'].get(k))
                for k in ('train', 'val')}
     processes = s['num_proc'] or os.cpu_count() or 1
     pool = multiprocessing.get_context('spawn').Pool(processes, start_worker, (spec, directory))
@@ -599,9 +599,10 @@ def finish(s, spec, dtype, world_size, seconds):
                                                       'dtype': dtype, 'splits': splits, 'settings': s})
     for r in range(world_size):
         os.unlink(os.path.join(directory, f'progress_{r}.json'))
-    first = np.fromfile(os.path.join(directory, next(n for n in splits['train']['shards'][0]['files']
-                                                     if n.endswith('.sentences'))), np.int64)
-    lengths = np.percentile(np.diff(first), [5, 25, 50, 75, 95]).astype(int)
+    have = np.zeros(s['max_sentence_tokens'] + 1, dtype=np.int64)  # sentences of each length
+    for name in (n for e in splits['train']['shards'] for n in e['files'] if n.endswith('.sentences')):
+        have += np.bincount(np.diff(np.fromfile(os.path.join(directory, name), np.int64)), minlength=len(have))
+    lengths = np.searchsorted(have.cumsum(), have.sum() * np.array([0.05, 0.25, 0.5, 0.75, 0.95]))
     for split, n in splits.items():
         print(f"{split}: {n['documents']:,} documents, {n['sentences']:,} sentences, {n['tokens']:,} tokens")
     print(f"tokens a sentence, 5th 25th 50th 75th 95th percentile: {' '.join(map(str, lengths))}")
