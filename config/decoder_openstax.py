@@ -1,4 +1,4 @@
-# For out/openstax (config/encoder_openstax.py): about 20 minutes on 2 CPU cores.
+# For out/openstax (config/encoder_openstax.py): about 10 minutes on 2 CPU cores.
 out_dir = 'out/openstax'
 n_layer = 3
 n_head = 4
@@ -7,7 +7,7 @@ batch_size = 8
 block_size = 512
 learning_rate = 2e-3
 warmup_iters = 50
-max_iters = 1200
-eval_interval = 200
+max_iters = 600
+eval_interval = 150
 eval_iters = 8
 compile = False

@@ -12,6 +12,6 @@ ema_end = 0.998
 learning_rate = 4e-4
 min_lr = 1e-6
 warmup_iters = 200
-max_iters = 2800
+max_iters = 2400
 eval_interval = 400
 compile = False

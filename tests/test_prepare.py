@@ -104,6 +104,16 @@ def test_output_does_not_depend_on_processes(corpus_dir, tmp_path):
     assert read_all(tmp_path / 'two') == read_all(corpus_dir)
 
 
+def test_sentences_are_tokenized_each_on_its_own(corpus_dir, texts):
+    """The fast path, many at once, gives what one at a time gives; so do texts that it cannot take."""
+    encode = prepare.Corpus(corpus_dir, 'train').tokenizer.encode_batch
+    sentences = [s for t in [*texts[:30], *HARD] for s in prepare.split_sentences(t)]
+    for some in (sentences, ['a', '', 'b'], [' a', 'b '], ['a\nb', 'c'], ['\ud800', 'x'], []):
+        together = encode(some)
+        assert len(together) == len(some)
+        assert [list(ids) for ids in together] == [list(encode([s])[0]) for s in some]
+
+
 def rows_of(corpus, packing, batch_size, n, **where):
     for step in range(n):
         batch = corpus.batch(step, batch_size, *packing, **where)
