@@ -12,6 +12,7 @@ tokenizer was trained here, and per shard three arrays: {train,val}_000000.token
 
 import base64
 import codecs
+import contextlib
 import glob
 import hashlib
 import io
@@ -179,15 +180,13 @@ def load_tokenizer(spec: dict, data_dir: str | None = None) -> Tokenizer:
     newline = encoding.encode_ordinary('\n')[0]
 
     def encode_batch(texts):
-        try:
-            if lines and len(texts) > 1 and all(t and not (t[0].isspace() or t[-1].isspace()) for t in texts):
+        if lines and len(texts) > 1 and all(t and not (t[0].isspace() or t[-1].isspace()) for t in texts):
+            with contextlib.suppress(UnicodeEncodeError):  # lone surrogates: encode_ordinary replaces them
                 ids = encoding.encode_to_numpy('\n'.join(texts), disallowed_special=())
                 ends = np.flatnonzero(ids == newline).tolist()
                 if len(ends) == len(texts) - 1:  # no text had a break of its own
                     return [ids[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(ids)])]
-            return [encoding.encode_ordinary(t) for t in texts]
-        except UnicodeEncodeError:  # lone surrogates
-            return [encoding.encode_ordinary(t.encode('utf-8', 'replace').decode()) for t in texts]
+        return [encoding.encode_ordinary(t) for t in texts]
 
     return Tokenizer(encode_batch, encoding.decode, n_vocab, eos)
 
