@@ -5,9 +5,9 @@
     python prepare.py --dataset='texts/*.jsonl.gz' --data_dir=data/mine --tokenizer=bpe:8192
     torchrun --nproc_per_node=4 prepare.py                                  each rank writes shards of its own
 
-On disk, in data_dir: meta.json (written last: the mark that the set is complete), tokenizer.tiktoken where the
-tokenizer was trained here, and per shard three arrays: {train,val}_000000.tokens, all sentences end to end;
-.sentences, int64 offsets into tokens; .documents, int64 offsets into sentences.
+On disk, in data_dir: meta.json (written last: the mark that the set is complete), tokenizer.tiktoken (of bpe:) or
+tokenizer.json (of hf:), and per shard three arrays: {train,val}_000000.tokens, all sentences end to end; .sentences,
+int64 offsets into tokens; .documents, int64 offsets into sentences.
 """
 
 import base64
@@ -15,7 +15,6 @@ import codecs
 import contextlib
 import glob
 import hashlib
-import io
 import json
 import lzma
 import multiprocessing
@@ -27,6 +26,8 @@ import threading
 import time
 import zlib
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 
 import numpy as np
@@ -47,14 +48,15 @@ tokenizer = 'gpt2'  # a tiktoken name; 'bpe:4096', trained on this text; 'hf:<na
 val_fraction = 0.005  # share of documents held out, by a hash of their text
 max_sentence_tokens = 128  # a longer sentence is cut at a clause or a word
 shard_tokens = 100_000_000  # a new shard starts about every so many tokens
-num_proc = 0  # processes that split and tokenize; 0: one a core
-hub_retries = 4  # tries to reach the hub, with growing pauses between them
+num_proc = 0  # processes that split and tokenize, of each rank; 0: one a core
+hub_retries = 4  # tries in a row to reach the hub, with growing pauses between them
 
 FORMAT = 1
 BPE_SAMPLE = 20_000_000  # characters of text that a bpe: tokenizer is trained on
 # words with the space before them, digits in threes, runs of marks, white space
 BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
 SUFFIXES = ('tokens', 'sentences', 'documents')
+TOKENIZER_FILES = {'bpe': 'tokenizer.tiktoken', 'hf': 'tokenizer.json'}  # beside the arrays
 
 
 class Mistake(Exception):
@@ -142,24 +144,30 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: dict, data_dir: str | None = None) -> Tokenizer:
-    """The tokenizer of meta.json's entry `spec`; a 'bpe:' one reads its ranks from the spec or from data_dir.
+    """The tokenizer of meta.json's entry `spec`; the file of a 'bpe:' or 'hf:' one is in the spec or in data_dir.
 
     Raises ValueError or FileNotFoundError.
     """
-    kind, _, rest = spec['name'].partition(':')
+    kind = spec['name'].partition(':')[0]
+    if kind in TOKENIZER_FILES and 'file' not in spec:
+        with open(os.path.join(data_dir, TOKENIZER_FILES[kind]), encoding='utf-8') as f:
+            spec = spec | {'file': f.read()}
     if kind == 'hf':
-        from transformers import AutoTokenizer  # optional: pip install transformers
-        hf = AutoTokenizer.from_pretrained(rest)
-        eos = next(i for i in (hf.sep_token_id, hf.eos_token_id) if i is not None)
-        return Tokenizer(lambda texts: hf(texts, add_special_tokens=False)['input_ids'] if texts else [],
-                         lambda ids: hf.decode(ids), len(hf), eos)
+        import tokenizers
+        hf = tokenizers.Tokenizer.from_str(spec['file'])
+        hf.no_padding()
+        hf.no_truncation()
+        hf.encode_special_tokens = True  # their own text is text
+
+        def encode_all(texts):
+            return [e.ids for e in hf.encode_batch(list(map(whole_characters, texts)), add_special_tokens=False)]
+
+        def decode(ids):
+            return hf.decode(ids, skip_special_tokens=False)
+        return Tokenizer(encode_all, decode, max(hf.get_vocab().values()) + 1, spec['eos'])
     import tiktoken
     if kind == 'bpe':
-        ranks = spec.get('ranks')
-        if ranks is None:
-            with open(os.path.join(data_dir, 'tokenizer.tiktoken'), encoding='ascii') as f:
-                ranks = f.read()
-        pairs = (line.split() for line in ranks.splitlines())
+        pairs = (line.split() for line in spec['file'].splitlines())
         merges = {base64.b64decode(token): int(rank) for token, rank in pairs}
         encoding = tiktoken.Encoding(spec['name'], pat_str=spec['pattern'], mergeable_ranks=merges, special_tokens={})
         n_vocab, eos = len(merges) + 1, len(merges)
@@ -182,7 +190,7 @@ def load_tokenizer(spec: dict, data_dir: str | None = None) -> Tokenizer:
     def encode_batch(texts):
         if lines and len(texts) > 1 and all(t and not (t[0].isspace() or t[-1].isspace()) for t in texts):
             with contextlib.suppress(UnicodeEncodeError):  # lone surrogates: encode_ordinary replaces them
-                ids = encoding.encode_to_numpy('\n'.join(texts), disallowed_special=())
+                ids = encoding.encode_to_numpy('\n'.join(texts), disallowed_special=()).astype(np.int64)  # torch's ids
                 ends = np.flatnonzero(ids == newline).tolist()
                 if len(ends) == len(texts) - 1:  # no text had a break of its own
                     return [ids[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(ids)])]
@@ -224,10 +232,10 @@ def open_text(path):
         return lzma.open(path, 'rb')
     if path.endswith('.zst'):
         try:
-            import zstandard  # optional: pip install zstandard
+            from backports import zstd  # optional
         except ImportError:
-            raise Mistake(f'{path}: reading .zst needs `pip install zstandard`') from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, 'rb'), closefd=True))
+            raise Mistake(f'{path}: reading .zst needs `pip install backports.zstd`') from None
+        return zstd.open(path, 'rb')
     return open(path, 'rb')
 
 
@@ -274,7 +282,7 @@ def read_file(path, column, separator):
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise Mistake(f'cannot read {path}: {error}') from None
     except Exception as error:
-        if isinstance(error, Mistake) or 'Arrow' not in type(error).__name__:
+        if isinstance(error, Mistake) or type(error).__name__ not in ('ArrowInvalid', 'ArrowException', 'ZstdError'):
             raise
         raise Mistake(f'cannot read {path}: {error}') from None
 
@@ -294,8 +302,8 @@ def read_hub(s, rank, world_size, skip):
     """Stream a data set of the hub through `datasets`, with bounded retries; goes on at the record it had reached."""
     import datasets
     from datasets.distributed import split_dataset_by_node
-    done = 0
-    for attempt in range(max(s['hub_retries'], 1)):
+    done = failures = 0
+    while True:
         try:
             stream = datasets.load_dataset(s['dataset'], s['dataset_config'] or None, split=s['dataset_split'],
                                            streaming=True)
@@ -305,16 +313,23 @@ def read_hub(s, rank, world_size, skip):
                 check_column(record, s['dataset'], s['text_column'])
                 text = record[s['text_column']]
                 yield text if isinstance(text, str) else None
-                done += 1
+                done, failures = done + 1, 0
             return
-        except (Mistake, KeyboardInterrupt, GeneratorExit):
+        except Mistake:
             raise
         except Exception as error:  # the client raises dozens of kinds for a hub that is out of reach
             reason = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else "no message"}'
-            if attempt + 1 < max(s['hub_retries'], 1):
-                time.sleep(min(2 ** attempt, 30) * random.uniform(0.5, 1.0))
+            failures += 1
+            if failures >= s['hub_retries']:
+                break
+            time.sleep(min(2 ** failures, 60) * random.uniform(0.5, 1.0))
     raise Mistake(f"cannot read '{s['dataset']}' from the hub ({reason[:200]}): check the name and the network, or use "
                   f'--dataset=web-bible, or --dataset=<path of .txt, .jsonl or .parquet>')
+
+
+def whole_characters(text):
+    """`text` (None stays None) without lone surrogates: json can hold half a character, tokenizers cannot."""
+    return text.encode('utf-8', 'replace').decode() if text and not text.isascii() else text
 
 
 def documents(s, rank=0, world_size=1, skip=0):
@@ -329,7 +344,7 @@ def documents(s, rank=0, world_size=1, skip=0):
             if limit is not None and i // world_size >= limit:
                 return
             if i % world_size == rank and i // world_size >= skip:
-                yield text
+                yield whole_characters(text)
         return
     local = r'^[./]|[*?\[]|\.(txt|jsonl|parquet|gz|xz|zst)$'
     if os.path.isdir(name) or regex.search(local, name):
@@ -338,7 +353,7 @@ def documents(s, rank=0, world_size=1, skip=0):
     for i, text in enumerate(read_hub(s, rank, world_size, skip)):
         if limit is not None and skip + i >= limit:
             return
-        yield text
+        yield whole_characters(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,7 +381,7 @@ def work(texts, max_tokens, fraction, dtype):
         if not ids:
             counts['empty'] += 1
             continue
-        digest = hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         tokens, lengths, sizes = out['val' if int.from_bytes(digest, 'big') < fraction * 2**64 else 'train']
         tokens += ids
         lengths += map(len, ids)
@@ -394,6 +409,8 @@ class Writer:
         fresh = self.state['bytes'] is None
         self.files = []
         for i, suffix in enumerate(SUFFIXES):
+            if not fresh and not os.path.exists(self.path(suffix)):  # stopped while close() renamed
+                os.replace(self.path(suffix, temporary=False), self.path(suffix))
             f = open(self.path(suffix), 'wb' if fresh else 'r+b')  # noqa: SIM115  close() does
             if fresh and i:
                 f.write(np.zeros(1, np.int64).tobytes())
@@ -463,6 +480,28 @@ def write_json(path, value):
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
+_signals = {'held': False, 'came': 0}
+
+
+def on_signal(number, frame):
+    """Ctrl-C and SIGTERM end the run, but not in the middle of what is `uninterrupted`."""
+    _signals['came'] = number
+    if not _signals['held']:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """A signal that comes within takes effect at the end."""
+    _signals['held'], before = True, _signals['came']
+    try:
+        yield
+    finally:
+        _signals['held'] = False
+    if _signals['came'] != before:
+        raise KeyboardInterrupt
+
+
 def same_settings(old, new):
     """Stop where a set that is there was made with other settings."""
     for name in sorted(new.keys() - {'num_proc', 'hub_retries', 'data_dir'}):
@@ -471,28 +510,52 @@ def same_settings(old, new):
                           f'set it back, remove the folder, or choose another --data_dir')
 
 
-def tokenizer_spec(s, rank):
-    """Meta's entry for the tokenizer; rank 0 trains a bpe: one, the others wait for it."""
+def read_hf_tokenizer(name):
+    """(json of the fast tokenizer, id that ends a sentence) of a Hugging Face name or folder."""
+    try:
+        from transformers import AutoTokenizer  # optional: pip install transformers
+    except ImportError:
+        raise Mistake(f'--tokenizer=hf:{name} needs `pip install transformers`') from None
+    try:
+        hf = AutoTokenizer.from_pretrained(name)
+        ends = [i for i in (hf.sep_token_id, hf.eos_token_id) if i is not None]
+        if ends:
+            return hf.backend_tokenizer.to_str(), ends[0]
+    except (OSError, ValueError, AttributeError) as error:  # no such name, no hub, no tokenizer that this library reads
+        raise Mistake(f"cannot load --tokenizer=hf:{name} ({str(error).splitlines()[0]}): check the name, or give a "
+                      'folder that holds tokenizer.json') from None
+    raise Mistake(f'--tokenizer=hf:{name} has neither a separator nor an end-of-text token: choose another')
+
+
+def tokenizer_spec(s, make):
+    """Meta's entry for the tokenizer; `make` writes the file of one that has a file, otherwise it is there."""
     directory, spec = s['data_dir'], {'name': s['tokenizer']}
-    path = os.path.join(directory, 'tokenizer.tiktoken')
-    if s['tokenizer'].startswith('bpe:'):
+    kind, _, name = s['tokenizer'].partition(':')
+    content = None
+    if kind == 'bpe':
         spec['pattern'] = BPE_PATTERN
-        if rank == 0 and not os.path.exists(path):
-            ranks, _ = train_bpe(s['tokenizer'], (t for t in documents(s) if t))
-            with open(path + '.tmp', 'w', encoding='ascii') as f:
-                f.write(ranks)
+    if kind == 'hf':
+        content, spec['eos'] = read_hf_tokenizer(name)
+    if kind in TOKENIZER_FILES:
+        path = os.path.join(directory, TOKENIZER_FILES[kind])
+        if make:
+            if kind == 'bpe':
+                content, _ = train_bpe(s['tokenizer'], (t for t in documents(s) if t))
+            with open(path + '.tmp', 'w', encoding='utf-8') as f:
+                f.write(content)
             os.replace(path + '.tmp', path)
-        while not os.path.exists(path):
-            time.sleep(0.2)
+        with open(path, encoding='utf-8') as f:
+            content = f.read()
     try:
         loaded = load_tokenizer(spec, directory)
     except (ValueError, ImportError) as error:
         raise Mistake(str(error)) from None
-    if s['tokenizer'].startswith('bpe:') and loaded.n_vocab != int(s['tokenizer'][4:]):
+    if kind == 'bpe' and loaded.n_vocab != int(name):
         spec['note'] = f'the text yields {loaded.n_vocab} tokens, fewer than asked'
-    probe = json.dumps([loaded.n_vocab, loaded.encode_batch(['The quick brown fox, 1234; naïve Ünïcode 你好.'])])
-    ranks = open(path, encoding='ascii').read() if os.path.exists(path) else ''  # noqa: SIM115
-    return spec | {'n_vocab': loaded.n_vocab, 'sha256': hashlib.sha256((probe + ranks).encode()).hexdigest()}
+    ids = loaded.encode_batch(['The quick brown fox, 1234; naïve Ünïcode 你好.'])
+    probe = json.dumps([loaded.n_vocab, [[int(i) for i in row] for row in ids]])
+    digest = hashlib.sha256((probe + (content or '')).encode()).hexdigest()
+    return spec | {'n_vocab': loaded.n_vocab, 'sha256': digest}
 
 
 def chunks(source, size=64):
@@ -528,14 +591,19 @@ def prepare(s):
             progress = json.load(f)
         same_settings(progress['settings'] | {'ranks': progress['world_size']}, s | {'ranks': world_size})
         print(f"going on after {progress['read']:,} documents")
-    spec = tokenizer_spec(s, rank)
+    first = os.path.join(directory, 'progress_0.json')  # the mark that the tokenizer is there
+    while rank and not os.path.exists(first):
+        time.sleep(0.2)
+    spec = tokenizer_spec(s, make=rank == 0 and not os.path.exists(first))
+    write_json(progress_path, progress)
     dtype = np.uint16 if spec['n_vocab'] <= 2**16 else np.uint32
     writers = {k: Writer(directory, k, rank, world_size, progress['writers'].get(k))
                for k in ('train', 'val')}
-    processes = s['num_proc'] or os.cpu_count() or 1
-    pool = multiprocessing.get_context('spawn').Pool(processes, start_worker, (spec, directory))
+    processes = s['num_proc'] or max((os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), start_worker, (spec, directory))
     bar = tqdm(unit='doc', disable=rank > 0 or not sys.stderr.isatty(), initial=progress['read'])
     started, flying, saved = time.time(), deque(), time.time()
+    before = progress['counts'].get('characters', 0)
 
     def save_progress():
         progress['writers'] = {k: w.flush() for k, w in writers.items()}
@@ -543,47 +611,55 @@ def prepare(s):
 
     def take():
         nonlocal saved
-        parts, counts, n = flying.popleft().get()
-        closed = False
-        for split, part in parts.items():
-            writers[split].add(*part)
-            if writers[split].state['tokens'] >= s['shard_tokens']:  # after the chunk that filled it, whatever num_proc
-                writers[split].close()
-                closed = True
-        for k, v in counts.items():
-            progress['counts'][k] = progress['counts'].get(k, 0) + v
-        progress['read'] += n
-        if closed or time.time() - saved > 30:
-            save_progress()
-            saved = time.time()
+        parts, counts, n = flying.popleft().result()
+        with uninterrupted():  # what is written and what is noted stay one
+            closed = False
+            for split, part in parts.items():
+                writers[split].add(*part)
+                if writers[split].state['tokens'] >= s['shard_tokens']:  # after the chunk that filled it
+                    writers[split].close()
+                    closed = True
+            for k, v in counts.items():
+                progress['counts'][k] = progress['counts'].get(k, 0) + v
+            progress['read'] += n
+            if closed or time.time() - saved > 30:
+                save_progress()
+                saved = time.time()
         bar.update(n)
-        megabytes = progress['counts']['characters'] / 1e6
+        megabytes = (progress['counts']['characters'] - before) / 1e6
         tokens = writers['train'].state['tokens']
         bar.set_postfix_str(f'{megabytes / (time.time() - started):.1f} MB/s, {tokens / 1e6:.1f}M tokens in this shard')
 
     try:
         if not progress['done']:
             for chunk in chunks(documents(s, rank, world_size, progress['read'])):
-                flying.append(pool.apply_async(work, (chunk, s['max_sentence_tokens'], s['val_fraction'], dtype)))
+                flying.append(pool.submit(work, chunk, s['max_sentence_tokens'], s['val_fraction'], dtype))
                 if len(flying) > 4 * processes:  # bounded: memory stays flat whatever the corpus's size
                     take()
             while flying:
                 take()
-            for w in writers.values():
-                w.close()
-            progress['done'] = True
-            save_progress()
+            with uninterrupted():
+                for w in writers.values():
+                    w.close()
+                progress['done'] = True
+                save_progress()
     except KeyboardInterrupt:
-        save_progress()
+        with uninterrupted():
+            save_progress()
+            print(f"{progress['read']:,} documents are done", file=sys.stderr)
         raise
+    except BrokenProcessPool:
+        raise Mistake('a working process was killed, most likely for want of memory: lower --num_proc; the same '
+                      'command goes on where it stopped') from None
     finally:
-        pool.terminate()
+        for process in multiprocessing.active_children():
+            process.kill()
         bar.close()
     if rank == 0:
-        finish(s, spec, np.dtype(dtype).name, world_size, time.time() - started)
+        finish(s, spec, np.dtype(dtype).name, world_size)
 
 
-def finish(s, spec, dtype, world_size, seconds):
+def finish(s, spec, dtype, world_size):
     """Wait for all ranks, write meta.json and print the summary."""
     directory, parts = s['data_dir'], []
     for r in range(world_size):
@@ -618,7 +694,7 @@ def finish(s, spec, dtype, world_size, seconds):
         print(f"{split}: {n['documents']:,} documents, {n['sentences']:,} sentences, {n['tokens']:,} tokens")
     print(f"tokens a sentence, 5th 25th 50th 75th 95th percentile: {' '.join(map(str, lengths))}")
     print(f"left out: {counts['empty']:,} documents without a sentence, {counts['no text']:,} records without text")
-    print(f"{counts['characters'] / 1e6:.1f}M characters in {seconds:.0f} s, to {directory}")
+    print(f"{counts['characters'] / 1e6:.1f}M characters, to {directory}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -640,6 +716,8 @@ class Shard:
             kind = name.rpartition('.')[2]
             arrays[kind] = np.memmap(path, dtype if kind == 'tokens' else np.int64, 'r')
         self.tokens, self.sentences, self.documents = (arrays[k] for k in SUFFIXES)
+        if self.sentences[-1] != len(self.tokens) or self.documents[-1] != len(self.sentences) - 1:
+            raise ValueError(f'{path}: the offsets of its shard do not fit each other: prepare the set again')
 
 
 class Rows:
@@ -702,9 +780,10 @@ class Corpus:
     def tokenizer_spec(self) -> dict:
         """What load_tokenizer needs, complete: a checkpoint carries it."""
         spec = dict(self.meta['tokenizer'])
-        if spec['name'].startswith('bpe:'):
-            with open(os.path.join(self.data_dir, 'tokenizer.tiktoken'), encoding='ascii') as f:
-                spec['ranks'] = f.read()
+        kind = spec['name'].partition(':')[0]
+        if kind in TOKENIZER_FILES:
+            with open(os.path.join(self.data_dir, TOKENIZER_FILES[kind]), encoding='utf-8') as f:
+                spec['file'] = f.read()
         return spec
 
     @property
@@ -719,6 +798,14 @@ class Corpus:
         shard, j = self.shards[k], i - self.first_document[k]
         at = shard.sentences[shard.documents[j]:shard.documents[j + 1] + 1]
         return [np.asarray(shard.tokens[a:b]) for a, b in pairwise(at)]
+
+    def token_counts(self, limit=20_000_000) -> np.ndarray:
+        """How often each token comes, int64 (n_vocab,), in the first `limit` tokens of each of up to 8 shards."""
+        counts = np.zeros(self.meta['tokenizer']['n_vocab'], np.int64)
+        for shard in self.shards[:8]:
+            for start in range(0, min(limit, len(shard.tokens)), 1 << 20):  # memory stays flat
+                counts += np.bincount(shard.tokens[start:min(start + (1 << 20), limit)], minlength=len(counts))
+        return counts
 
     def _shard_order(self, epoch, seed):
         return np.random.default_rng((seed, epoch)).permutation(len(self.shards))
@@ -785,21 +872,17 @@ class Corpus:
 
 # ---------------------------------------------------------------------------------------------------------------
 
-def on_terminate(number, frame):
-    """SIGTERM ends as Ctrl-C does."""
-    raise KeyboardInterrupt('terminated')
-
-
 if __name__ == '__main__':
     settings = override(globals())
-    signal.signal(signal.SIGTERM, on_terminate)
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
     try:
         prepare(settings)
     except Mistake as error:
         raise SystemExit(f'prepare.py: {error}') from None
     except OSError as error:
         raise SystemExit(f'prepare.py: cannot write to {data_dir}: {error.strerror or error}') from None
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         print(f'prepare.py: interrupted; the same command goes on where it stopped ({data_dir})', file=sys.stderr)
         sys.stderr.flush()
-        os._exit(143 if error.args else 130)  # not waiting for the hub's threads
+        os._exit(128 + _signals['came'])  # not waiting for the hub's threads

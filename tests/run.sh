@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install --quiet --requirement requirements.txt
+.venv/bin/python -m pip install --quiet --requirement requirements.txt --requirement tests/requirements.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m pytest -q tests "$@"

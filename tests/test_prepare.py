@@ -92,6 +92,13 @@ def test_round_trip_text_to_disk_to_text(corpus_dir, texts):
     assert len(corpus.meta['splits']['train']['shards']) > 1
 
 
+def test_tokens_are_counted(corpus_dir):
+    corpus = prepare.Corpus(corpus_dir, 'train')
+    every = np.concatenate([shard.tokens for shard in corpus.shards[:8]])
+    assert (corpus.token_counts() == np.bincount(every, minlength=corpus.meta['tokenizer']['n_vocab'])).all()
+    assert corpus.token_counts(100).sum() == 100 * min(len(corpus.shards), 8)
+
+
 def read_all(folder):
     return {n: (open(os.path.join(folder, n), 'rb').read() if n != 'meta.json' else
                 json.load(open(os.path.join(folder, n)))['splits']) for n in sorted(os.listdir(folder))}
@@ -199,6 +206,56 @@ def test_a_hub_out_of_reach_says_so(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
+def test_half_a_character_is_replaced(tmp_path):
+    """json can hold a lone surrogate; the document is kept, and its neighbours."""
+    (tmp_path / 'a.jsonl').write_text('{"text": "One \\ud800 here. Two."}\n{"text": "Three. Four."}\n')
+    run('prepare.py', f'--dataset={tmp_path}/a.jsonl', f'--data_dir={tmp_path}/out', '--tokenizer=bpe:270', '--val_fraction=0',
+        '--num_proc=1')
+    corpus = prepare.Corpus(tmp_path / 'out', 'train')
+    assert [corpus.tokenizer.decode(s) for d in range(2) for s in corpus.document(d)] == ['One ? here.', 'Two.', 'Three.', 'Four.']
+
+
+def test_a_tokenizer_left_behind_is_not_used(tmp_path):
+    """A run that found no sentence leaves its tokenizer; the next one trains its own."""
+    (tmp_path / 'empty.txt').write_text(' \n')
+    (tmp_path / 'full.txt').write_text('The river stood. The stone stood near the river.\n' * 20)
+    arguments = [f'--data_dir={tmp_path}/out', '--num_proc=1', '--val_fraction=0']
+    assert run('prepare.py', f'--dataset={tmp_path}/empty.txt', '--tokenizer=bpe:300', *arguments, check=False).returncode == 1
+    run('prepare.py', f'--dataset={tmp_path}/full.txt', '--tokenizer=bpe:270', *arguments)
+    assert prepare.Corpus(tmp_path / 'out', 'train').meta['tokenizer']['n_vocab'] == 270
+
+
+def test_a_shard_renamed_but_not_noted_is_taken_up(tmp_path):
+    """Killed between the renames of a finished shard and the note of it: the next run goes on from the note."""
+    part = (np.arange(6, dtype=np.uint16).tobytes(), np.array([2, 4]), np.array([2]))
+    writer = prepare.Writer(str(tmp_path), 'train', 0, 1)
+    writer.add(*part)
+    noted = json.loads(json.dumps(writer.flush()))
+    writer.add(*part)
+    writer.close()
+    again = prepare.Writer(str(tmp_path), 'train', 0, 1, noted)
+    again.add(*part)
+    again.close()
+    assert again.state['shards'] == writer.state['shards']
+    assert not [f for f in os.listdir(tmp_path) if f.endswith('.tmp')]
+
+
+def test_a_signal_waits_for_what_is_uninterrupted():
+    done = []
+
+    def work():
+        with prepare.uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append('whole')
+    before = signal.signal(signal.SIGTERM, prepare.on_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done == ['whole']
+
+
 def test_readers_agree(tmp_path, texts):
     import lzma
 
@@ -210,7 +267,16 @@ def test_readers_agree(tmp_path, texts):
     (tmp_path / 'c.txt').write_text('\n'.join(texts))
     (tmp_path / 'd.txt').write_text('<sep>'.join(texts))
     pyarrow.parquet.write_table(pyarrow.table({'text': texts, 'id': list(range(len(texts)))}), tmp_path / 'e.parquet')
-    for name, separator in (('a.jsonl.gz', ''), ('b.jsonl.xz', ''), ('c.txt', ''), ('d.txt', '<sep>'), ('e.parquet', '')):
+    pytest.importorskip('backports.zstd', reason='optional: pip install -r tests/requirements.txt')
+    from backports import zstd
+    (tmp_path / 'f.jsonl.zst').write_bytes(zstd.compress(lines))
+    (tmp_path / 'g.jsonl.zst').write_bytes(zstd.compress(lines)[:-50])
+    with pytest.raises(prepare.Mistake, match='cannot read'):
+        list(prepare.read_file(str(tmp_path / 'g.jsonl.zst'), 'text', ''))
+    (tmp_path / 'g.jsonl.zst').write_bytes(b'not a zst')
+    with pytest.raises(prepare.Mistake, match='cannot read'):
+        list(prepare.read_file(str(tmp_path / 'g.jsonl.zst'), 'text', ''))
+    for name, separator in (('a.jsonl.gz', ''), ('b.jsonl.xz', ''), ('f.jsonl.zst', ''), ('c.txt', ''), ('d.txt', '<sep>'), ('e.parquet', '')):
         read = [t.strip() for t in prepare.read_file(str(tmp_path / name), 'text', separator)]
         assert read == texts, name
 
@@ -279,6 +345,8 @@ def test_an_interrupted_run_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 143, said
+    assert 'documents are done' in said
+    assert 'same command goes on' in said
     assert not (tmp_path / 'out' / 'meta.json').exists()
     with pytest.raises((OSError, ValueError)):
         prepare.Corpus(tmp_path / 'out', 'train')
