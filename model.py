@@ -10,6 +10,8 @@ A row comes from prepare.Corpus: `tokens` (B, T), `sentence` (B, T) the sentence
 """
 
 import copy
+import inspect
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -136,14 +138,102 @@ class Encoder(nn.Module):
         return self.norm(x)
 
 
-def sentence_mean(h, sentence, n_sentences):
-    """Mean of the states h (B, T, D) over each sentence -> fp32 (B, S, D); zero where there is no such sentence.
+class HFEncoder(nn.Module):
+    """A model of `transformers` in Encoder's place, from its configuration as json: same call, its own positions.
+
+    Models trained to fill in words see both ways, as Encoder does; those trained to go on see only what came before.
+    Raises ImportError without transformers, ValueError for a model that cannot be used.
+    """
+
+    def __init__(self, config, dropout=0.0):
+        super().__init__()
+        import transformers  # optional: pip install transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+        config = json.loads(config)
+        config = transformers.AutoConfig.for_model(config.pop('model_type'), **config)
+        config.use_cache = False
+        for name in vars(config):
+            if name.endswith(('dropout', 'dropout_prob', '_pdrop')):
+                setattr(config, name, dropout)
+        layers = set(getattr(config, 'layer_types', None) or ['full_attention'])
+        self.net = transformers.AutoModel.from_config(config, attn_implementation='sdpa')
+        if 'position_ids' not in inspect.signature(self.net.forward).parameters or \
+                layers - {'full_attention', 'sliding_attention'}:
+            raise ValueError(f'a {config.model_type} model takes no positions or has layers that no mask reaches: it '
+                             'cannot read packed sentences')
+        if hasattr(self.net, 'pooler'):
+            self.net.pooler = None  # of the first token; it would have no gradient
+        self.causal = type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+        self.window = config.sliding_window if 'sliding_attention' in layers else None
+        table = getattr(getattr(self.net, 'embeddings', None), 'position_embeddings', None)
+        padding = getattr(table, 'padding_idx', None)
+        self.first_position = 0 if padding is None else padding + 1  # RoBERTa's count from there
+        self.max_positions = config.max_position_embeddings - self.first_position
+
+    @property
+    def embedding(self):
+        """The table of token embeddings."""
+        return self.net.get_input_embeddings()
+
+    def forward(self, tokens, mask):
+        """tokens (B, T), mask boolean (B, 1, T, T) -> states (B, T, D).
+
+        Positions count from the first token that one sees, of its sentence or its document; past the model's last
+        they stay there.
+        """
+        T = tokens.shape[1]
+        at = torch.arange(T, device=tokens.device)
+        place = (at - mask[:, 0].byte().argmax(-1)).clamp(max=self.max_positions - 1) + self.first_position
+        if self.causal:
+            mask = mask & (at <= at[:, None])
+        if self.window:
+            reach = self.window - self.causal  # transformers counts the token itself in a causal window
+            mask = {'full_attention': mask, 'sliding_attention': mask & ((at - at[:, None]).abs() <= reach)}
+        return self.net(input_ids=tokens, attention_mask=mask, position_ids=place).last_hidden_state
+
+
+def pretrained(name, tokenizer):
+    """(entries of JEPAConfig, weights for HFEncoder.net) of the `transformers` model of that name or folder, in fp32.
+
+    Raises ImportError without transformers, OSError where there is no such model, ValueError where the prepared data
+    have another tokenizer (meta.json's entry `tokenizer`).
+    """
+    import transformers  # optional: pip install transformers
+    net = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+    config = net.config
+    if not hasattr(config, 'vocab_size'):
+        raise ValueError(f'hf:{name} is a {config.model_type} model: it does not read text alone')
+    same = tokenizer['name'] == f'hf:{name}' or (config.model_type, tokenizer['name']) == ('gpt2', 'gpt2')
+    if not same or tokenizer['n_vocab'] > config.vocab_size:
+        raise ValueError(f"the data were prepared with '{tokenizer['name']}' ({tokenizer['n_vocab']:,} tokens), and "
+                         f'hf:{name} knows {config.vocab_size:,} of its own: prepare them with --tokenizer=hf:{name}')
+    entries = {'hf': config.to_json_string(use_diff=False), 'n_layer': config.num_hidden_layers,
+               'n_head': config.num_attention_heads, 'n_embd': config.hidden_size}
+    return entries, {k: v for k, v in net.state_dict().items() if not k.startswith('pooler.')}
+
+
+def sif_weights(counts, a=1e-3):
+    """Weights (V,) of tokens in a sentence's mean, of their counts (V,): a / (a + frequency), 1 on average over text.
+
+    Smooth inverse frequency (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence embeddings"): without
+    it, the words that every sentence has make up most of its mean.
+    """
+    frequency = counts.float() / counts.sum()
+    weights = a / (a + frequency)
+    return weights / (weights * frequency).sum()
+
+
+def sentence_mean(h, weights, sentence, n_sentences):
+    """Mean of the states h (B, T, D), each times its weight (B, T), over the tokens of each sentence -> fp32 (B, S, D).
+
+    Zero where there is no such sentence.
 
     A matrix product, not scatter_add: that one adds in no fixed order on CUDA, and a resumed run would differ.
     """
     ids = torch.arange(n_sentences, device=h.device)
     member = (sentence[:, None, :] == ids[None, :, None]).float()  # (B, S, T)
-    return (member @ h.float()) / member.sum(-1, keepdim=True).clamp(min=1)
+    with torch.autocast(h.device.type, enabled=False):  # sums in fp32
+        return ((member * weights[:, None]) @ h.float()) / member.sum(-1, keepdim=True).clamp(min=1)
 
 
 class Predictor(nn.Module):
@@ -196,12 +286,12 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def update(self, mean, cov):
-        """Move towards a batch's mean (D,) and covariance (D, D), the same on all ranks; the first is taken whole."""
-        first = self.steps == 0
-        # the mean is followed ten times as closely: one that lags leaves all concepts a direction in common
-        self.mean.lerp_(mean, torch.where(first, 1.0, 1.0 - self.mean_rate))
-        self.cov.lerp_(cov, torch.where(first, 1.0, 1.0 - self.rate))
+        """Move towards a batch's mean (D,) and covariance (D, D), the same on all ranks."""
         self.steps += 1
+        share = 1.0 / self.steps.float()  # a plain average at first, until it would forget more slowly than told
+        # the mean is followed ten times as closely: one that lags leaves all concepts a direction in common
+        self.mean.lerp_(mean, share.clamp(min=1.0 - self.mean_rate))
+        self.cov.lerp_(cov, share.clamp(min=1.0 - self.rate))
 
     @torch.no_grad()
     def refresh(self):
@@ -231,6 +321,7 @@ class JEPAConfig:
     predictor_layer: int = 2
     dropout: float = 0.0
     context: str = 'concepts'
+    hf: str = ''  # configuration, as json, of a transformers model in the encoder's place
 
 
 class JEPA(nn.Module):
@@ -241,10 +332,14 @@ class JEPA(nn.Module):
         if config.context not in ('concepts', 'tokens'):
             raise ValueError(f"context='{config.context}': expected 'concepts' or 'tokens'")
         self.config = config
-        self.encoder = Encoder(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
+        if config.hf:
+            self.encoder = HFEncoder(config.hf, config.dropout)
+        else:
+            self.encoder = Encoder(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
         self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.whitening = Whitening(config.n_embd)
+        self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a sentence's mean: see sif_weights
 
     def train(self, mode=True):
         super().train(mode)
@@ -261,11 +356,11 @@ class JEPA(nn.Module):
     @torch.no_grad()
     def target_means(self, tokens, sentence, n_sentences, mask):
         """Unwhitened targets z (B, S, D), fp32, no gradient."""
-        return sentence_mean(self.target(tokens, mask), sentence, n_sentences)
+        return sentence_mean(self.target(tokens, mask), self.token_weight[tokens], sentence, n_sentences)
 
     def predict(self, tokens, sentence, document, mask):
         """Predictions (B, S, D), fp32, of any length, of the concept of sentence i + 1, from the online encoder."""
-        c = sentence_mean(self.encoder(tokens, mask), sentence, document.shape[1])
+        c = sentence_mean(self.encoder(tokens, mask), self.token_weight[tokens], sentence, document.shape[1])
         return self.predict_concepts(self.whitening(c), document)
 
     def predict_concepts(self, concepts, document):
@@ -300,8 +395,8 @@ def moments(zs, valid, reduce=lambda x: x):
     z = torch.cat([z[v] for z, v in zip(zs, valid)])  # (n, D)
     n = reduce(torch.tensor(float(len(z)), device=z.device)).clamp(min=1)
     mean = reduce(z.sum(0)) / n
-    centred = z - mean
-    return mean, reduce(centred.T @ centred) / n, n
+    centred = (z - mean).double()  # neither autocast nor TF32: small eigenvalues are divided by
+    return mean, reduce(centred.T @ centred).float() / n, n
 
 
 def momentum_at(step, total, start, end):
@@ -309,14 +404,22 @@ def momentum_at(step, total, start, end):
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
 
 
-def optimizer_groups(model, weight_decay):
-    """Parameter groups for AdamW: matrices decay; embeddings, gains and lone vectors do not. Each one, once."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decay = [p for n, p in named if p.dim() >= 2 and 'embedding' not in n]
-    rest = [p for n, p in named if p.dim() < 2 or 'embedding' in n]
-    assert len(decay) + len(rest) == len({id(p) for _, p in named}), 'a parameter stands in no group or in two'
-    return [{'params': decay, 'weight_decay': weight_decay, 'decays': True},
-            {'params': rest, 'weight_decay': 0.0, 'decays': False}]
+def optimizer_groups(model, weight_decay, embedding_scale=1.0, predictor_scale=1.0):
+    """Parameter groups for AdamW: matrices decay; embeddings, gains and lone vectors do not. Each one, once.
+
+    A group's `scale` is what its learning rate is multiplied by: embeddings and the predictor have their own.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            role = 'embedding' if id(p) in tables else 'predictor' if name.startswith('predictor.') else 'other'
+            groups.setdefault((role, p.dim() >= 2 and role != 'embedding'), []).append(p)
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert sum(map(len, groups.values())) == len(trainable), 'a parameter stands in no group or in two'
+    scales = {'embedding': embedding_scale, 'predictor': predictor_scale, 'other': 1.0}
+    return [{'params': part, 'weight_decay': weight_decay if decays else 0.0, 'decays': decays, 'scale': scales[role]}
+            for (role, decays), part in groups.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -405,9 +508,9 @@ class Decoder(nn.Module):
 
     def prefixes(self, concepts, keep=None):
         """Unit-norm concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional prefix where not keep."""
-        x = self.prefix(concepts * self.config.concept_dim ** 0.5)
+        x = self.prefix(concepts * self.config.concept_dim ** 0.5).float()  # the residual stream is fp32
         if keep is not None:
-            x = torch.where(keep[..., None], x, self.no_concept.to(x.dtype))
+            x = torch.where(keep[..., None], x, self.no_concept)
         return x.unflatten(-1, (self.config.n_prefix, self.config.n_embd))
 
     def layout(self, tokens, sentence):
@@ -430,7 +533,7 @@ class Decoder(nn.Module):
         prefix = self.prefixes(concepts, keep).flatten(1, 2)  # (B, S * P, n_embd)
         at = sentence.clamp(min=0) * self.config.n_prefix + place.clamp(max=self.config.n_prefix - 1)
         prefix = prefix.gather(1, at[..., None].expand(-1, -1, prefix.shape[-1]))
-        x = torch.where((place < self.config.n_prefix)[..., None], prefix, self.embedding(tokens).to(prefix.dtype))
+        x = torch.where((place < self.config.n_prefix)[..., None], prefix, self.embedding(tokens))
         rope = rotary(torch.arange(tokens.shape[1], device=x.device), self.head_dim)
         for block in self.blocks:
             x = block(x, rope, mask)
@@ -693,7 +796,9 @@ def load_encoder(path, device='cpu', dtype='float32') -> SentenceEncoder:
     state = load_checkpoint(path, 'encoder', device)
     jepa = JEPA(JEPAConfig(**state['config']))
     jepa.load_state_dict(state['model'])
-    return SentenceEncoder(jepa, load_tokenizer(state['tokenizer']), device, dtype)
+    encoder = SentenceEncoder(jepa, load_tokenizer(state['tokenizer']), device, dtype)
+    encoder.settings, encoder.tokenizer_sha256 = state['settings'], state['tokenizer']['sha256']
+    return encoder
 
 
 def load_decoder(path, device='cpu', dtype='float32') -> ConceptDecoder:

@@ -86,15 +86,29 @@ ddp = 'RANK' in os.environ
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+try:
+    device_type = torch.device(device).type
+except RuntimeError:
+    stop(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
+if device_type == 'cuda' and not torch.cuda.is_available():
+    stop(f'--device={device}: this machine, or this build of torch, has no CUDA')
+for name in ('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps',
+             'n_layer', 'n_head', 'n_embd', 'n_prefix'):
+    if settings[name] < 1:
+        stop(f'--{name}={settings[name]}: expected 1 or more')
+if wandb_log:
+    try:
+        import wandb
+    except ImportError:
+        stop('--wandb_log=True needs `pip install wandb`')
 if ddp:
     if device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-device_type = torch.device(device).type
 master = rank == 0
 if dtype == 'auto':
-    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_amx_tile_supported()
+    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_avx512_bf16_supported()
     dtype = 'bfloat16' if fast else 'float32'
 if dtype not in ('float32', 'bfloat16'):
     stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
@@ -111,7 +125,7 @@ try:
     data_dir = data_dir or encoder_state['settings']['data_dir']
     train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
     jepa = lib.JEPA(lib.JEPAConfig(**encoder_state['config']))
-except (OSError, ValueError) as error:
+except (OSError, ValueError, ImportError) as error:
     stop(error)
 if encoder_state['tokenizer']['sha256'] != train_data.tokenizer_spec['sha256']:
     stop(f'{data_dir} was prepared with another tokenizer than the encoder read: prepare it with the same one')
@@ -157,8 +171,8 @@ try:
 except ValueError as error:
     stop(error)
 model.to(device)
-optimizer = torch.optim.AdamW(lib.optimizer_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2),
-                              fused=True)
+groups = lib.optimizer_groups(model, weight_decay)
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 step, best_loss, metrics_bytes, seen_tokens = 0, math.inf, 0, 0
 if init_from == 'resume':
     try:
@@ -177,6 +191,8 @@ if init_from == 'resume':
                 print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
     model.load_state_dict(state['model'])
     optimizer.load_state_dict(state['optimizer'])
+    for group in optimizer.param_groups:  # settings of now, moments of then
+        group['betas'] = beta1, beta2
     step, best_loss = state['step'], state['best_loss']
     metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
     del state
@@ -212,7 +228,7 @@ def inputs(tokens, sentence, document):
     """The decoder's mask and the concepts (B, S, concept_dim) of a batch."""
     # the encoder does not see the decoder's free positions
     words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
-    own = lib.build_mask(lib.sentence_view(words, document), tokens.shape, device, flex)
+    own = jepa.masks(words, document, flex and not jepa.config.hf)[0]
     with autocast:
         z = target_means(tokens, words, document.shape[1], own)
     return lib.build_mask(lib.causal_view(sentence), tokens.shape, device, flex), jepa.whitening(z)
@@ -222,7 +238,7 @@ def inputs(tokens, sentence, document):
 def evaluate():
     """Validation nats per token (the end of a sentence counts as one) given the concept, another's, and none."""
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device='cpu' if device_type == 'cpu' else device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     for i in range(eval_iters):
         tokens, sentence, document = to_device(val_data.batch(i, **rows, rank=rank, world_size=world_size))
         mask, concepts = inputs(tokens, sentence, document)
@@ -231,7 +247,7 @@ def evaluate():
         others[keep] = concepts[keep].roll(1, 0)
         with autocast:
             for j, (c, k) in enumerate(((concepts, keep), (others, keep), (concepts, keep & False))):
-                sums[j] += model(tokens, sentence, c, mask, k).double().sum()
+                sums[j] += compiled(tokens, sentence, c, mask, k).double().sum()
         sums[3] += (sentence >= 0).sum() - (n_prefix - 1) * keep.sum()
     model.train()
     sums = all_sum(sums)
@@ -279,7 +295,6 @@ if master:
           f'{batch_size * block_size:,} positions a step, {world_size} x {device}, {dtype}'
           f'{", compiled" if compile else ""}')
     if wandb_log:
-        import wandb
         wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -304,14 +319,16 @@ def run():
     bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
     start = since = time.time()
     tokens_since = 0
+    stopping = False
     while True:
         if step % eval_interval == 0 or step == max_iters:
             began, values = time.time(), evaluate()
             if master:
-                left = (began - start) / max(step - first_step, 1) * (max_iters - step)
+                left = (began - start) / max(step - first_step, 1) * (max_iters - step) / 60
+                left = f' | {left:.0f} min left' if step > first_step else ''
                 tqdm.write(f'step {step}: nats per token {values["val_loss"]:.3f} | another concept '
                            f'{values["val_shuffled"]:.3f} | no concept {values["val_unconditional"]:.3f} | information '
-                           f'{values["val_information"]:.3f} | {left / 60:.0f} min left', file=sys.stdout)
+                           f'{values["val_information"]:.3f}{left}', file=sys.stdout)
                 if step == first_step == 0 or step > first_step:
                     log({'step': step, 'tokens': seen_tokens, **values})
                 if step > first_step:
@@ -321,6 +338,10 @@ def run():
                     save('decoder.pt')
             since += time.time() - began
         if step >= max_iters:
+            break
+        if stopping:
+            if master:
+                save(os.path.basename(checkpoint_path))
             break
 
         batches = [to_device(b) for b in upcoming.result()]
@@ -333,7 +354,7 @@ def run():
 
         places = sum((s >= 0).sum() - (n_prefix - 1) * (d >= 0).sum() for _, s, d in batches)
         counts = all_sum(torch.tensor([places, float(bool(interrupted))], dtype=torch.float64,
-                                      device='cpu' if device_type == 'cpu' else device))
+                                      device=device))
         n_places = counts[0].clamp(min=1).float()
         loss = torch.zeros((), device=device)
         for i, (tokens, sentence, document) in enumerate(batches):
@@ -366,10 +387,6 @@ def run():
                      'tokens_per_s': tokens_since / (now - since)})
                 bar.set_postfix_str(f'loss {total[0]:.3f}, {tokens_since / (now - since):,.0f} tokens/s')
                 since, tokens_since = now, 0
-        if stopping:
-            if master:
-                save('decoder.pt')
-            break
     bar.close()
     upcoming.cancel()
     loader.shutdown()
@@ -382,7 +399,7 @@ first_step = step
 model.train()
 try:
     stopped = run()
-except OSError as error:
+except (OSError, ValueError) as error:  # a full disk; a sentence longer than block_size
     stop(error)
 if ddp:
     dist.destroy_process_group()

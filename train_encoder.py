@@ -32,7 +32,7 @@ from prepare import Corpus
 # in and out
 data_dir = 'data/fineweb-edu'  # what prepare.py wrote
 out_dir = 'out/fineweb'
-init_from = 'scratch'  # 'scratch' or 'resume'
+init_from = 'scratch'  # 'scratch', 'resume', or 'hf:<name or folder>': weights of transformers, own tokenizer
 eval_interval = 500  # steps between evaluations, each followed by a checkpoint
 log_interval = 10  # steps between lines in metrics.csv
 eval_iters = 16  # validation batches an evaluation
@@ -50,6 +50,7 @@ n_head = 12
 n_embd = 768
 predictor_layer = 4
 dropout = 0.0
+pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 context = 'concepts'  # the predictor's input: sentences encoded alone, or 'tokens': each with all before it
 # target: moving average of the encoder, whitened
 ema_start = 0.99  # momentum, on a half cosine to ema_end
@@ -59,6 +60,8 @@ whiten_floor = 0.01  # eigenvalues below this share of their mean are raised to 
 whiten_interval = 10  # steps between recomputations of C^-1/2
 # optimizer: AdamW
 learning_rate = 6e-4
+embedding_lr_scale = 50.0  # token embeddings from scratch learn so many times as fast
+predictor_lr_scale = 0.1  # the predictor, so many
 max_iters = 100_000
 weight_decay = 0.05  # on a half cosine to weight_decay_end
 weight_decay_end = 0.05
@@ -89,23 +92,38 @@ ddp = 'RANK' in os.environ
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+try:
+    device_type = torch.device(device).type
+except RuntimeError:
+    stop(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
+if device_type == 'cuda' and not torch.cuda.is_available():
+    stop(f'--device={device}: this machine, or this build of torch, has no CUDA')
+for name in ('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps',
+             'n_layer', 'n_head', 'n_embd', 'predictor_layer', 'whiten_interval'):
+    if settings[name] < 1:
+        stop(f'--{name}={settings[name]}: expected 1 or more')
+if wandb_log:
+    try:
+        import wandb
+    except ImportError:
+        stop('--wandb_log=True needs `pip install wandb`')
 if ddp:
     if device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-device_type = torch.device(device).type
 master = rank == 0
 if dtype == 'auto':
-    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_amx_tile_supported()
+    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_avx512_bf16_supported()
     dtype = 'bfloat16' if fast else 'float32'
+if pooling not in ('sif', 'mean'):
+    stop(f"--pooling={pooling}: expected 'sif' or 'mean'")
 if dtype not in ('float32', 'bfloat16'):
     stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
 if gradient_accumulation_steps % world_size:
     stop(f'{world_size} ranks cannot share --gradient_accumulation_steps={gradient_accumulation_steps} evenly')
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 torch.set_float32_matmul_precision('high')
-flex = device_type == 'cuda' and compile  # FlexAttention has no backward on CPU
 max_sentences = max_sentences or block_size // 8
 lr_decay_iters, min_lr = lr_decay_iters or max_iters, min_lr or learning_rate / 10
 
@@ -113,6 +131,10 @@ try:
     train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
 except (OSError, ValueError) as error:
     stop(error)
+for corpus in (train_data, val_data):
+    if corpus.n_sentences == corpus.n_documents:
+        stop(f'every document of {data_dir} ({corpus.split}) is one sentence: there is no next one to predict. Where '
+             'documents span lines, prepare them with --doc_separator')
 rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences}
 
 
@@ -144,41 +166,60 @@ architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer'
                 'n_embd': n_embd, 'predictor_layer': predictor_layer, 'dropout': dropout, 'context': context}
 checkpoint_path = os.path.join(out_dir, 'encoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics.csv')
-torch.manual_seed(seed)
+state = weights = None
 try:
-    model = lib.JEPA(lib.JEPAConfig(**architecture))
-except ValueError as error:
-    stop(error)
-model.whitening.rate, model.whitening.floor = whiten_rate, whiten_floor
-model.to(device)
-optimizer = torch.optim.AdamW(lib.optimizer_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2),
-                              fused=True)
-step, best_mrr, metrics_bytes, seen_tokens = 0, -1.0, 0, 0
-if init_from == 'resume':
-    try:
+    if init_from == 'resume':
         state = lib.load_checkpoint(checkpoint_path, 'encoder', device)
-    except (OSError, ValueError) as error:
-        stop(error)
-    for name, value in architecture.items():
-        if state['config'][name] != value and name != 'dropout':
-            stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
-                 f'set it back, or train from scratch in another --out_dir')
+        if state['config']['hf']:
+            architecture |= {k: state['config'][k] for k in ('hf', 'n_layer', 'n_head', 'n_embd')}
+        if state['tokenizer']['sha256'] != train_data.tokenizer_spec['sha256']:
+            stop(f'{checkpoint_path} was trained on data of another tokenizer than {data_dir}')
+        if state['settings']['pooling'] != pooling:
+            stop(f"{checkpoint_path} was trained with pooling='{state['settings']['pooling']}': set it back")
+        for name, value in architecture.items():
+            if state['config'][name] != value and name != 'dropout':
+                stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
+                     f'set it back, or train from scratch in another --out_dir')
+    elif os.path.exists(checkpoint_path):
+        stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')
+    elif init_from.startswith('hf:'):  # n_layer, n_head and n_embd are the pretrained model's
+        found, weights = lib.pretrained(init_from[3:], train_data.meta['tokenizer'])
+        architecture |= found
+    elif init_from != 'scratch':
+        stop(f"--init_from={init_from}: expected 'scratch', 'resume' or 'hf:<name or folder>'")
+    torch.manual_seed(seed)
+    model = lib.JEPA(lib.JEPAConfig(**architecture))
+except (OSError, ValueError, ImportError) as error:
+    stop(str(error).splitlines()[0])
+n_embd = model.config.n_embd
+if weights:
+    model.encoder.net.load_state_dict(weights)
+    model.target.net.load_state_dict(weights)
+model.whitening.rate, model.whitening.floor = whiten_rate, whiten_floor
+if not state and pooling == 'sif':
+    model.token_weight.copy_(lib.sif_weights(torch.from_numpy(train_data.token_counts())))
+model.to(device)
+groups = lib.optimizer_groups(model, weight_decay, 1.0 if model.config.hf else embedding_lr_scale, predictor_lr_scale)
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+step, best_mrr, metrics_bytes, seen_tokens = 0, -1.0, 0, 0
+if state:
     if master:
         for name in sorted(settings.keys() & state['settings'].keys() - {'init_from'}):
             if settings[name] != state['settings'][name]:
                 print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
     model.load_state_dict(state['model'])
     optimizer.load_state_dict(state['optimizer'])
+    for group, fresh in zip(optimizer.param_groups, groups):  # settings of now, moments of then
+        group.update(scale=fresh['scale'], betas=(beta1, beta2))
     step, best_mrr = state['step'], state['best_mrr']
     metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
-    del state
-elif init_from != 'scratch':
-    stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
-elif os.path.exists(checkpoint_path):
-    stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')
+del state, weights  # memory for the run
 
+# FlexAttention has no backward on CPU; transformers' models take the mask as a tensor
+flex = device_type == 'cuda' and compile and not model.config.hf
 compiled = torch.compile(model) if compile else model
 target_means = torch.compile(model.target_means) if compile else model.target_means
+predict = torch.compile(model.predict) if compile else model.predict
 parallel = DistributedDataParallel(compiled, broadcast_buffers=False) if ddp else compiled
 
 
@@ -188,18 +229,22 @@ def masks(sentence, document):
 
 
 def whiten(zs, documents):
-    """Take the moments of the sentence means `zs` over all ranks into the running ones; returns the batch's mean."""
-    mean, cov, _ = lib.moments(zs, [d >= 0 for d in documents], all_sum)
+    """Take the moments of the sentence means `zs` over all ranks into the running ones; the batch's mean and size."""
+    mean, cov, n = lib.moments(zs, [d >= 0 for d in documents], all_sum)
     model.whitening.update(mean, cov)
-    return mean
+    return mean, n
 
 
-if init_from == 'scratch':  # the space is whitened before the first step, with an average over several batches
-    with torch.no_grad(), autocast:
-        for i in range(8):
-            batches = [to_device(b) for b in micro_batches(i)]
-            zs = [model.target_means(t, s, d.shape[1], masks(s, d)[0]) for t, s, d in batches]
-            whiten(zs, [d for _, _, d in batches])
+if not model.whitening.steps:  # the space is whitened before the first step, on 20 sentences a dimension
+    measured = 0
+    while measured < 20 * n_embd and model.whitening.steps < 200:
+        try:
+            batches = [to_device(b) for b in micro_batches(int(model.whitening.steps))]
+        except ValueError as error:  # a sentence longer than block_size
+            stop(error)
+        with torch.no_grad(), autocast:
+            zs = [target_means(t, s, d.shape[1], masks(s, d)[0]) for t, s, d in batches]
+        measured += whiten(zs, [d for _, _, d in batches])[1]
     model.whitening.refresh()
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -228,9 +273,9 @@ def neighbours(corpus, n):
         tokens, sentence, document = to_device(corpus.batch(i, **rows, rank=rank, world_size=world_size))
         own, context_mask = masks(sentence, document)
         with autocast:
-            z = model.whitening(model.target_means(tokens, sentence, document.shape[1], own))
+            z = model.whitening(target_means(tokens, sentence, document.shape[1], own))
             p = lib.unit(model.predict_concepts(z, document) if context == 'concepts' else
-                         model.predict(tokens, sentence, document, context_mask))
+                         predict(tokens, sentence, document, context_mask))
         row, place = lib.pairs(document).nonzero(as_tuple=True)
         key = (i * len(tokens) + row) * document.shape[1] + document[row, place]
         parts.append((p[row, place], z[row, place + 1], z[row, place], key, place))
@@ -268,7 +313,7 @@ def evaluate():
         'val_rank': lib.rank_me(z - z.mean(0)), 'val_mrr': rr.mean(), 'val_copy_mrr': copy_rr.mean(),
         'val_doc_mrr': doc_rr.mean(), 'val_doc_copy_mrr': doc_copy_rr.mean(), 'val_doc_chance': chance.mean(),
     }
-    total = all_sum(torch.tensor([float(v) for v in values.values()], dtype=torch.float64)) / world_size
+    total = all_sum(torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)) / world_size
     model.train()
     return dict(zip(values, total.tolist()))
 
@@ -326,7 +371,6 @@ if master:
           f'{gradient_accumulation_steps * batch_size * block_size:,} tokens a step, {world_size} x {device}, {dtype}'
           f'{", compiled" if compile else ""}')
     if wandb_log:
-        import wandb
         wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -351,17 +395,19 @@ def run():
     bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
     start = since = time.time()
     tokens_since = pairs_since = 0
+    stopping = False
     while True:
         if step % eval_interval == 0 or step == max_iters:
             began, values = time.time(), evaluate()
             if master:
-                left = (began - start) / max(step - first_step, 1) * (max_iters - step)
+                left = (began - start) / max(step - first_step, 1) * (max_iters - step) / 60
+                left = f' | {left:.0f} min left' if step > first_step else ''
                 tqdm.write(f'step {step}: loss {values["val_loss"]:.3f} | skill {values["val_skill"]:.3f} (copy '
                            f'{values["val_copy_skill"]:.3f}) | cos {values["val_cos"]:.3f}, unrelated '
                            f'{values["val_cos_unrelated"]:.3f} | rank {values["val_rank"]:.0f}/{n_embd} | MRR '
                            f'{values["val_mrr"]:.3f} (copy {values["val_copy_mrr"]:.3f}) | in document '
                            f'{values["val_doc_mrr"]:.3f} (copy {values["val_doc_copy_mrr"]:.3f}, chance '
-                           f'{values["val_doc_chance"]:.3f}) | {left / 60:.0f} min left', file=sys.stdout)
+                           f'{values["val_doc_chance"]:.3f}){left}', file=sys.stdout)
                 if collapse_warning(values):
                     tqdm.write(f'  this looks like collapse: {collapse_warning(values)}', file=sys.stdout)
                 if step == first_step == 0 or step > first_step:
@@ -374,13 +420,17 @@ def run():
             since += time.time() - began
         if step >= max_iters:
             break
+        if stopping:
+            if master:
+                save(os.path.basename(checkpoint_path))
+            break
 
         batches = [to_device(b) for b in upcoming.result()]
         upcoming = loader.submit(micro_batches, step + 1)
         if dropout:
             torch.manual_seed(hash((seed, step, rank)))  # no generator state to save
         for group in optimizer.param_groups:
-            group['lr'] = lr_at(step)
+            group['lr'] = lr_at(step) * group['scale']
             if group['decays']:
                 group['weight_decay'] = lib.momentum_at(step, max_iters, weight_decay, weight_decay_end)
 
@@ -388,12 +438,12 @@ def run():
         views = [masks(s, d) for _, s, d in batches]
         with torch.no_grad(), autocast:
             zs = [target_means(t, s, d.shape[1], own) for (t, s, d), (own, _) in zip(batches, views)]
-        mean = whiten(zs, [d for _, _, d in batches])
+        mean, _ = whiten(zs, [d for _, _, d in batches])
         if step % whiten_interval == 0:
             model.whitening.refresh()
         counts = all_sum(torch.tensor([sum(lib.pairs(d).sum() for _, _, d in batches),
                                        sum((s >= 0).sum() for _, s, _ in batches), float(bool(interrupted))],
-                                      dtype=torch.float64, device='cpu' if device_type == 'cpu' else device))
+                                      dtype=torch.float64, device=device))
         n_pairs = counts[0].clamp(min=1).float()
 
         loss = torch.zeros((), device=device)
@@ -427,10 +477,6 @@ def run():
                      'predictions_per_s': pairs_since / (now - since)})
                 bar.set_postfix_str(f'loss {total[0]:.3f}, {tokens_since / (now - since):,.0f} tokens/s')
                 since, tokens_since, pairs_since = now, 0, 0
-        if stopping:
-            if master:
-                save('encoder.pt')
-            break
     bar.close()
     upcoming.cancel()
     loader.shutdown()
@@ -443,7 +489,7 @@ first_step = step
 model.train()
 try:
     stopped = run()
-except OSError as error:
+except (OSError, ValueError) as error:  # a full disk; a sentence longer than block_size
     stop(error)
 if ddp:
     dist.destroy_process_group()

@@ -1,17 +1,18 @@
 # For data/demo (config/prepare_demo.py): minutes on 2 CPU cores.
 data_dir = 'data/demo'
 out_dir = 'out/demo'
-n_layer = 2
-n_head = 3
-n_embd = 192
+n_layer = 1
+n_head = 6
+n_embd = 384
 predictor_layer = 2
 batch_size = 8
 block_size = 512
 ema_start = 0.98
 ema_end = 0.996
-learning_rate = 5e-4
-min_lr = 1e-6
+learning_rate = 1e-3
+embedding_lr_scale = 100.0
+min_lr = 1e-5
 warmup_iters = 40
-max_iters = 600
+max_iters = 500
 eval_interval = 100
 compile = False

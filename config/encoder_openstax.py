@@ -1,17 +1,18 @@
-# For data/openstax (config/prepare_openstax.py): about an hour on 2 CPU cores.
+# For data/openstax (config/prepare_openstax.py): an hour on one CPU core. Wide and shallow: tests/results/ablation.csv.
 data_dir = 'data/openstax'
 out_dir = 'out/openstax'
-n_layer = 2
-n_head = 4
-n_embd = 256
+n_layer = 1
+n_head = 8
+n_embd = 512
 predictor_layer = 2
 batch_size = 8
 block_size = 512
 ema_start = 0.98
 ema_end = 0.998
-learning_rate = 4e-4
-min_lr = 1e-6
-warmup_iters = 200
-max_iters = 2400
+learning_rate = 1e-3
+embedding_lr_scale = 100.0
+min_lr = 1e-5
+warmup_iters = 100
+max_iters = 3200
 eval_interval = 400
 compile = False

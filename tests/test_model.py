@@ -88,6 +88,62 @@ def test_the_predictor_starts_between_the_last_sentence_and_the_mean():
     assert torch.allclose(p, lib.unit(c + 2 * mean), atol=0.1)
 
 
+def test_a_sentence_is_the_weighted_mean_of_its_tokens(batch):
+    tokens, sentence, document = batch
+    counts = torch.bincount(tokens.flatten(), minlength=400)
+    weights = lib.sif_weights(counts, a=1e-2)
+    frequency = counts / counts.sum()
+    assert (weights * frequency).sum().item() == pytest.approx(1)
+    assert (weights[4] / weights[7]).item() == pytest.approx(((1e-2 + frequency[7]) / (1e-2 + frequency[4])).item())
+    h = torch.randn(*tokens.shape, 8)
+    got = lib.sentence_mean(h, weights[tokens], sentence, document.shape[1])
+    for b in range(len(tokens)):
+        for s in range(document.shape[1]):
+            here = sentence[b] == s
+            if here.any():
+                assert torch.allclose(got[b, s], (h[b][here] * weights[tokens[b][here]][:, None]).mean(0), atol=1e-5)
+            else:
+                assert not got[b, s].any()
+
+
+def test_statistics_are_fp32_under_autocast(batch):
+    """A covariance from bf16 products is off by more than the eigenvalues that whitening divides by."""
+    tokens, sentence, document = batch
+    h = torch.randn(*tokens.shape, 8)
+    means = []
+    for enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            z = lib.sentence_mean(h, torch.ones(tokens.shape), sentence, document.shape[1])
+            means.append((z, *lib.moments([z], [document >= 0])))
+    for a, b in zip(*means):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def test_whitening_averages_plainly_before_it_forgets():
+    w = lib.Whitening(4, rate=0.9, mean_rate=0.9)
+    covs = [torch.randn(4, 4) for _ in range(5)]
+    for cov in covs:
+        w.update(torch.zeros(4), cov)
+    assert torch.allclose(w.cov, torch.stack(covs).mean(0), atol=1e-6)
+    for _ in range(100):
+        w.update(torch.ones(4), torch.eye(4))
+    assert torch.allclose(w.cov, torch.eye(4), atol=1e-3)
+    assert torch.allclose(w.mean, torch.ones(4), atol=1e-3)
+
+
+def test_every_parameter_learns_in_one_group_at_its_rate():
+    net = jepa()
+    groups = lib.optimizer_groups(net, 0.1, embedding_scale=50.0, predictor_scale=0.1)
+    found = {id(p): g for g in groups for p in g['params']}
+    assert len(found) == sum(len(g['params']) for g in groups) == sum(p.requires_grad for p in net.parameters())
+    assert found[id(net.encoder.embedding.weight)]['scale'] == 50
+    assert not found[id(net.encoder.embedding.weight)]['decays']
+    assert found[id(net.predictor.blocks[0].up.weight)]['scale'] == 0.1
+    assert found[id(net.encoder.blocks[0].up.weight)]['decays']
+    assert found[id(net.encoder.norm.weight)]['weight_decay'] == 0
+
+
 def test_whitening_gives_unit_covariance():
     torch.manual_seed(1)
     z = torch.randn(20_000, 24) @ torch.randn(24, 24) + 5

@@ -79,7 +79,7 @@ def test_resume_is_exact(straight, corpus_dir, tmp_path):
     def logged(folder, name):
         return {(r['step'], bool(r['val_loss'])): r for r in rows(f'{folder}/{name}')}
     one, two = logged(straight, 'metrics.csv'), logged(out, 'metrics.csv')
-    assert all(two[k] == v for k, v in one.items() if k in two and k[1])
+    assert all(two[k] == v for k, v in one.items() if k[1]), 'every evaluation is there, and the same'
     steps = [int(r['step']) for r in rows(f'{out}/metrics.csv')]
     assert steps == sorted(steps)
 
@@ -96,8 +96,9 @@ def torchrun(script, *arguments):
 
 
 def test_two_ranks_are_one_process(corpus_dir, tmp_path):
-    exact = ['--dropout=0', '--concept_noise=0', '--concept_dropout=0']
-    encoder = [f'--data_dir={corpus_dir}', *ENCODER, exact[0]]
+    exact = ['--dropout=0', '--dtype=float32', '--concept_noise=0', '--concept_dropout=0']
+    # Adam turns a gradient's rounding into a step where the gradient is near 0: embeddings at their own rate move far
+    encoder = [f'--data_dir={corpus_dir}', *ENCODER, *exact[:2], '--embedding_lr_scale=1']
     run('train_encoder.py', *encoder, f'--out_dir={tmp_path}/one')
     torchrun('train_encoder.py', *encoder, f'--out_dir={tmp_path}/two')
     assert_equal(weights(tmp_path / 'one' / 'encoder.pt'), weights(tmp_path / 'two' / 'encoder.pt'), close=True)
@@ -110,14 +111,15 @@ def test_two_ranks_are_one_process(corpus_dir, tmp_path):
 
 
 def test_training_learns_and_does_not_collapse(corpus_dir, tmp_path):
-    """On documents that repeat their words, retrieval passes chance and unrelated pairs stay apart."""
+    """On documents that repeat their words, loss falls, retrieval rises, and unrelated pairs stay apart."""
     run('train_encoder.py', f'--data_dir={corpus_dir}', f'--out_dir={tmp_path}/out', *ENCODER, '--max_iters=150', '--dropout=0',
-        '--eval_interval=50', '--learning_rate=1e-3')
+        '--eval_interval=50', '--learning_rate=1e-3', '--dtype=float32')
     values = [r for r in rows(tmp_path / 'out' / 'metrics.csv') if r['val_loss']]
     first, last = values[0], values[-1]
-    assert float(last['val_mrr']) > float(first['val_mrr']) + 0.05
-    assert float(last['val_mrr']) > float(last['val_copy_mrr']) + 0.05
-    assert float(last['val_skill']) > max(float(last['val_copy_skill']), 0)
+    assert float(last['val_loss']) < float(first['val_loss'])
+    assert float(last['val_mrr']) > float(first['val_mrr']) + 0.01
+    assert float(last['val_mrr']) > float(last['val_copy_mrr'])
+    assert float(last['val_skill']) > float(last['val_copy_skill']) + 0.02
     assert float(last['val_rank']) > 0.3 * 32
     assert float(last['val_cos_unrelated']) < 0.3
 
@@ -142,6 +144,11 @@ def test_the_copies_of_the_glue_are_equal():
     ('train_encoder.py', ['--context=sentences'], 'tokens'),
     ('train_encoder.py', ['--dtype=float8'], 'bfloat16'),
     ('train_encoder.py', ['--learning_rat=1'], 'learning_rate'),
+    ('train_encoder.py', ['--block_size=8'], 'block_size=8 is too small'),
+    ('train_encoder.py', ['--device=gpu'], "'cuda'"),
+    ('train_encoder.py', ['--n_head=0'], 'n_head=0'),
+    ('train_encoder.py', ['--pooling=max'], 'sif'),
+    ('train_decoder.py', ['--eval_interval=0'], 'eval_interval=0'),
     ('train_encoder.py', ['--init_from=resume', '--out_dir=nowhere'], 'no encoder'),
     ('train_decoder.py', ['--out_dir=nowhere'], 'train_encoder.py')])
 def test_mistakes_are_one_line(script, arguments, says, corpus_dir, tmp_path):
@@ -151,6 +158,28 @@ def test_mistakes_are_one_line(script, arguments, says, corpus_dir, tmp_path):
     assert done.returncode == 1
     assert says in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+def test_documents_of_one_sentence_are_refused(tmp_path):
+    (tmp_path / 'lines.txt').write_text(''.join(f'Line {i} stands alone.\n' for i in range(200)))
+    run('prepare.py', f'--dataset={tmp_path}/lines.txt', f'--data_dir={tmp_path}/data', '--tokenizer=bpe:300', '--val_fraction=0.3')
+    done = run('train_encoder.py', f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', *ENCODER, check=False)
+    assert done.returncode == 1
+    assert '--doc_separator' in done.stderr
+
+
+def test_a_resumed_run_keeps_its_pooling_and_takes_new_rates(straight, corpus_dir, tmp_path):
+    import shutil
+    shutil.copytree(straight, tmp_path / 'out')
+    arguments = [f'--data_dir={corpus_dir}', f'--out_dir={tmp_path}/out', *ENCODER, '--init_from=resume', '--max_iters=22']
+    done = run('train_encoder.py', *arguments, '--pooling=mean', check=False)
+    assert done.returncode == 1
+    assert "pooling='sif'" in done.stderr
+    done = run('train_encoder.py', *arguments, '--embedding_lr_scale=7', '--beta1=0.8')
+    assert 'embedding_lr_scale is now 7.0' in done.stdout
+    groups = lib.load_checkpoint(f'{tmp_path}/out', 'encoder')['optimizer']['param_groups']
+    assert {g['scale'] for g in groups} == {7.0, 1.0, 0.1}
+    assert all(g['betas'][0] == 0.8 for g in groups)
 
 
 def test_nothing_is_overwritten(straight, corpus_dir):
