@@ -59,10 +59,10 @@ class Items:
 
     def __init__(self, corpus, rng, n_pairs, n_sentences=None, context=8, each=5):
         self.sentences, document, target, start = [], [], [], []
-        for d in rng.permutation(corpus.n_documents):
+        for number, d in enumerate(rng.permutation(corpus.n_documents)):
             ids, base = corpus.document(d), len(self.sentences)
             self.sentences += ids
-            document += [len(set(document[-1:])) and document[-1] + 1] * len(ids)
+            document += [number] * len(ids)
             if len(ids) > 1:
                 for i in np.sort(rng.permutation(len(ids) - 1)[:each]) + 1:
                     target.append(base + i)
@@ -80,18 +80,17 @@ class Items:
         one = rng.integers(first[:-1], first[1:])  # a sentence of each document
         if len(one) > 10_000:
             one = one[np.sort(rng.permutation(len(one))[:10_000])]
-        inside, repeats, corpus = [], [], []
-        for t, s in zip(self.target, self.start):
+        n = len(self.target)
+        repeats = np.full((n, 1 + others + context), -1)
+        corpus = np.empty((n, 1 + len(one)), np.int32)
+        for i, (t, s) in enumerate(zip(self.target, self.start)):
             d = self.document[t]
             pool = np.concatenate((np.arange(first[d], s), np.arange(t + 1, first[d + 1])))
-            drawn = np.full(others, -1)
-            drawn[:min(others, len(pool))] = rng.permutation(pool)[:others]
-            window = np.full(context, -1)
-            window[:t - s] = np.arange(s, t)
-            inside.append([t, *drawn])
-            repeats.append([t, *drawn, *window])
-            corpus.append([t, *np.where(self.document[one] == d, -1, one)])
-        return {'a': np.array(inside), 'b': np.array(repeats), 'corpus': np.array(corpus)}
+            repeats[i, 0] = corpus[i, 0] = t
+            repeats[i, 1:1 + min(others, len(pool))] = rng.permutation(pool)[:others]
+            repeats[i, 1 + others:1 + others + t - s] = np.arange(s, t)
+            corpus[i, 1:] = np.where(self.document[one] == d, -1, one)
+        return {'a': repeats[:, :1 + others], 'b': repeats, 'corpus': corpus}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -117,7 +116,7 @@ def ranks(similar, candidates):
     """Worst ranks (n,) of candidates[:, 0] by similarity; similar(rows) gives (len(rows), N); and the top one (n,)."""
     out, top = [], []
     for at in np.array_split(np.arange(len(candidates)), max(len(candidates) // 256, 1)):
-        c = torch.from_numpy(candidates[at])
+        c = torch.from_numpy(candidates[at]).long()
         s = torch.as_tensor(similar(at)).gather(1, c.clamp(min=0))
         out.append(lib.worst_ranks(s, torch.zeros(len(at), dtype=torch.long), c >= 0))
         top.append(c.gather(1, s.masked_fill(c < 0, -torch.inf).argmax(1, keepdim=True))[:, 0])
@@ -131,13 +130,16 @@ def chance(candidates):
     return float((1 / n).mean()), float((harmonic[n - 1] / n).mean())
 
 
-def skills(p, z, mean, scale, document):
-    """Skill, 1 - sum |scale p - z|^2 / sum |mean - z|^2, with its interval over documents (unit-norm p and z)."""
-    base = ((mean - z) ** 2).sum(1)
-    if base.mean() < 1e-9:
+def skills(p, z, mean, scale, document, base=None):
+    """Skill, 1 - sum |scale p - z|^2 / sum |mean - z|^2, with its interval over documents (z of unit norm).
+
+    With `base`, predictions times their scale: how much more skill p has than they, on the same resampled documents.
+    """
+    size = ((mean - z) ** 2).sum(1)
+    if size.mean() < 1e-9:
         return 0.0, 0.0, 0.0
-    value, low, high = bootstrap(((scale * p - z) ** 2).sum(1) / np.maximum(base, 1e-12), document, base)
-    return 1 - value, 1 - high, 1 - low
+    from_ = size if base is None else ((base - z) ** 2).sum(1)
+    return bootstrap((from_ - ((scale * p - z) ** 2).sum(1)) / np.maximum(size, 1e-12), document, size)
 
 
 def ridge(x, y, penalty=0.1):
@@ -146,6 +148,21 @@ def ridge(x, y, penalty=0.1):
     c = (x - mx).T @ (x - mx)
     w = np.linalg.solve(c + penalty * np.trace(c) / len(c) * np.eye(len(c)), (x - mx).T @ (y - my))
     return w, my - mx @ w
+
+
+def fit_ridge(x, y, document):
+    """Weights, offset and scale of the ridge regression whose penalty does best on the last fifth of the documents."""
+    held = document >= np.quantile(document, 0.8)
+    held[:1] = False  # one document or two: the first pair is for fitting
+    best = None
+    for penalty in (0.1, 1.0, 10.0, 100.0):
+        w, b = ridge(x[~held], y[~held], penalty)
+        p, z = (x[held] @ w + b, y[held]) if held.any() else (x @ w + b, y)
+        scale = (p * z).sum() / max((p * p).sum(), 1e-12)
+        error = ((scale * p - z) ** 2).sum()
+        if best is None or error < best[0]:
+            best = error, (w, b), scale
+    return best[1:]
 
 
 def spearman(a, b):
@@ -201,9 +218,10 @@ def tfidf(sentences, idf_from, width=2**18):
 # Baseline encoders and STS
 
 def random_encoder(encoder, sentences, seed):
-    """The same architecture with fresh weights, whitened on `sentences`, as the trained one was before step 0."""
+    """The same architecture and pooling with fresh weights, whitened on `sentences`, as the trained one at step 0."""
     torch.manual_seed(seed)
     jepa = lib.JEPA(encoder.model.config)
+    jepa.token_weight.copy_(encoder.model.token_weight)
     out = lib.SentenceEncoder(jepa, encoder.tokenizer, encoder.device)
     out.autocast = encoder.autocast
     with torch.inference_mode():
@@ -315,12 +333,15 @@ def load(path):
             decoder = lib.load_decoder(folder, where, dtype)
             said, is_ = decoder.encoder_fingerprint, lib.fingerprint(encoder.model)
             if abs(said - is_) > 1e-6 * abs(is_):
-                raise Mistake(f'{folder}/decoder.pt was trained on another encoder than {path}: train it again')
-        settings = lib.load_checkpoint(path, 'encoder')['settings']
-        where = data_dir or settings['data_dir']
-        return encoder, decoder, Corpus(where, 'train'), Corpus(where, 'val')
-    except (OSError, ValueError) as error:
+                print(f'{folder}/decoder.pt was trained on another encoder than {path}: it is left out')
+                decoder = None
+        where = data_dir or encoder.settings['data_dir']
+        train, val = Corpus(where, 'train'), Corpus(where, 'val')
+    except (OSError, ValueError, ImportError) as error:
         raise Mistake(str(error)) from None
+    if val.tokenizer_spec['sha256'] != encoder.tokenizer_sha256:
+        raise Mistake(f'{where} was prepared with another tokenizer than {path} was trained on: give its --data_dir')
+    return encoder, decoder, train, val
 
 
 def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
@@ -334,24 +355,24 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
 
     # concepts, predictions and their baselines
     items = Items(corpus, rng, max_pairs, context=eval_context)
-    train = Items(train_corpus, rng, max_pairs, max_train_sentences, eval_context)
+    train = Items(train_corpus, rng, np.inf, max_train_sentences, eval_context, each=None)
     z_all, z_train_all = (encoder.encode_tokens(x.sentences, batch_size, False) for x in (items, train))
     document = items.document[items.target]
     progress('predict')
 
-    def predictors(x, z_all, fitted=None):
-        mean = unit(np.stack([z_all[a:b].mean(0) for a, b in x.windows]))
-        fitted = fitted or ridge(mean, z_all[x.target])
-        p = encoder.predict_windows(x.sentences, x.windows, batch_size)
-        return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': mean,
-                'ridge': unit(mean @ fitted[0] + fitted[1]),
-                'shuffled context': np.roll(p, len(p) // 3, 0)}, fitted
-    train_p, fitted = predictors(train, z_train_all)
-    p_by, _ = predictors(items, z_all, fitted)
     z, z_train = z_all[items.target], z_train_all[train.target]
     mean_target = z_train.mean(0)
-    p_by['mean target'] = np.repeat(unit(mean_target)[None], len(z), 0)
-    train_p['mean target'] = np.repeat(unit(mean_target)[None], len(z_train), 0)
+
+    def predictors(x, z_all):
+        mean = unit(np.stack([z_all[a:b].mean(0) for a, b in x.windows]))
+        p = encoder.predict_windows(x.sentences, x.windows, batch_size)
+        return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': mean,
+                'shuffled context': np.roll(p, len(p) // 3, 0),
+                'mean target': np.repeat(unit(mean_target)[None], len(p), 0)}
+    train_p, p_by = predictors(train, z_train_all), predictors(items, z_all)
+    scale = {k: float((p * z_train).sum() / (p * p).sum()) for k, p in train_p.items()}
+    (w, b), scale['ridge'] = fit_ridge(train_p['context mean'], z_train, train.document[train.target])
+    p_by['ridge'] = (p_by['context mean'] @ w + b).astype(np.float32)
 
     candidates = items.candidates(rng, eval_context)
     other = candidates['a'][:, 1]  # another sentence of the document
@@ -359,8 +380,8 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
     far_ok, near_ok = items.document[far] != document, other >= 0
     sections = {'feature similarity': {}, 'retrieval in document': {}, 'retrieval corpus': {}}
     for name, p in p_by.items():
-        scale = float((train_p[name] * z_train).sum() / (train_p[name] ** 2).sum())
-        value, low, high = skills(p, z, mean_target, scale, document)
+        value, low, high = skills(p, z, mean_target, scale[name], document)
+        p = unit(p)
         sections['feature similarity'][name] = {
             'skill': value, 'skill_low': low, 'skill_high': high, 'cos_true': float((p * z).sum(1).mean()),
             'cos_in_document': float((p * z_all[other]).sum(1)[near_ok].mean()) if near_ok.any() else 0.0,
@@ -390,8 +411,10 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
 
     def window_mean(all_):
         return unit(np.stack([all_[a:b].mean(0) for a, b in items.windows]))
-    spaces = {name: dense(p, z_all) for name, p in p_by.items() if name != 'mean target'}
-    spaces |= {'random encoder': dense(window_mean(r_all), r_all), 'token mean': dense(window_mean(t_all), t_all),
+    spaces = {name: dense(unit(p), z_all) for name, p in p_by.items() if name != 'mean target'}
+    r = random.roll(r_all, items.windows) if random.model.config.context == 'concepts' else \
+        random.predict_windows(items.sentences, items.windows, batch_size)
+    spaces |= {'random encoder': dense(r, r_all), 'token mean': dense(window_mean(t_all), t_all),
                'TF-IDF of the window': sparse}
     place = {}
     for name, similar in spaces.items():
@@ -404,6 +427,14 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
                 'copy rate': float(((top >= items.start) & (top < items.target)).mean())}
         row = sections['retrieval corpus'][name] = {'R@1': float((c == 1).mean()), 'R@10': float((c <= 10).mean())}
         row['MRR'], row['MRR_low'], row['MRR_high'] = bootstrap(1 / c, document)
+    gain = sections['what is learned'] = {}
+    copy = scale['copy-last'] * p_by['copy-last']
+    more = {'skill over copy-last': skills(p_by['model'], z, mean_target, scale['model'], document, copy)}
+    for key, where in (('a', 'in document'), ('corpus', 'in corpus')):
+        ours, untrained = (1 / place[k][key][0] for k in ('model', 'random encoder'))
+        more[f'MRR {where} over the random encoder'] = bootstrap(ours - untrained, document)
+    for name, values in more.items():
+        gain[name] = dict(zip(('gain', 'gain_low', 'gain_high'), values))
     for section, key in (('retrieval in document', 'a'), ('retrieval corpus', 'corpus')):
         one, mrr = chance(candidates[key])
         sections[section]['chance'] = {'R@1': one, 'MRR': mrr}
@@ -419,6 +450,7 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
     sections['contrast'] = {}
     rand = z[rng.permutation(len(z))]
     for name, q in p_by.items():
+        q = unit(q)
         near = np.array([(z_all[a:b] @ q[i]).max() / max((z_all[a:b] @ z[i]).max(), 0.05)
                          for i, (a, b) in enumerate(items.windows)])
         sections['contrast'][name] = {'CA': float((((q - z) ** 2).sum(1) < ((q - rand) ** 2).sum(1)).mean()),
@@ -501,25 +533,24 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, pro
 def verdict(sections):
     """('learns' | 'topic only' | 'collapsed', the rule that gave it), and the baselines that beat the model."""
     f, g = sections['feature similarity'], sections['geometry']['model']
-    inside, corpus = sections['retrieval in document'], sections['retrieval corpus']
+    inside, corpus, gain = (sections[k] for k in ('retrieval in document', 'retrieval corpus', 'what is learned'))
     share = g['rank_centred'] / g['dimensions']
     beaten = [f'{name} on {column} of {section}' for section, column in
               (('feature similarity', 'skill'), ('retrieval in document', 'MRR'), ('retrieval corpus', 'MRR'),
                ('STS, Spearman x 100', None)) if section in sections
               for column in ([column] if column else sections[section]['model'])
-              for name, row in sections[section].items() if row[column] > sections[section]['model'][column]] \
-        if all('skill' in r for r in f.values()) else []
+              for name, row in sections[section].items() if row[column] > sections[section]['model'][column]]
     if g['cos_random'] > 0.5 or share < 0.05 or f['model']['skill_high'] <= 0:
         return 'collapsed', (f"unrelated sentences have cosine {g['cos_random']:.2f} (rule: above .5), centred rank is "
                              f"{100 * share:.0f} % of the width (below 5 %), or skill {f['model']['skill']:.3f} is not "
                              'above 0'), beaten
     if inside['model']['MRR_low'] > inside['chance']['MRR'] and f['model']['skill_low'] > 0 and \
-            f['model']['skill'] > f['copy-last']['skill']:
-        return 'learns', ('skill is above 0 and above copy-last, and retrieval in the document above chance, '
-                          'intervals apart'), beaten
+            all(row['gain_low'] > 0 for row in gain.values()):
+        return 'learns', ('skill is above 0 and above copy-last, retrieval in the document above chance, and there and '
+                          'in the corpus above the same model untrained, by 95 % intervals'), beaten
     return 'topic only', (f"retrieval over the corpus has MRR {corpus['model']['MRR']:.3f} (chance "
-                          f"{corpus['chance']['MRR']:.3f}), but within the document, or in skill against copy-last, "
-                          'nothing is shown'), beaten
+                          f"{corpus['chance']['MRR']:.3f}), but skill over copy-last, or retrieval in the document "
+                          'over chance and over the same model untrained, is not shown by 95 % intervals'), beaten
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -125,12 +125,34 @@ def test_a_constant_encoder_gets_chance_or_less():
     assert shape['rank_centred'] <= 1.01
 
 
+def test_ridge_takes_the_penalty_that_predicts():
+    """Where there is nothing to learn, the largest; where all is linear, the smallest."""
+    rng = np.random.default_rng(8)
+    x, document = rng.standard_normal((300, 40)), np.arange(300)
+    w = rng.standard_normal((40, 5))
+    (linear, _), scale = ev.fit_ridge(x, x @ w, document)
+    assert np.abs(scale * linear - w).max() < 0.2
+    (nothing, _), scale = ev.fit_ridge(x, rng.standard_normal((300, 5)), document)
+    assert np.abs(scale * nothing).max() < 0.05
+
+
+def test_skill_over_another_prediction():
+    rng = np.random.default_rng(9)
+    z = ev.unit(rng.standard_normal((200, 8)))
+    p, q, document = ev.unit(z + rng.standard_normal(z.shape)), ev.unit(z + 2 * rng.standard_normal(z.shape)), np.arange(200)
+    both = ev.skills(p, z, z.mean(0), 0.5, document)[0] - ev.skills(q, z, z.mean(0), 0.3, document)[0]
+    assert ev.skills(p, z, z.mean(0), 0.5, document, 0.3 * q)[0] == pytest.approx(both)
+    assert ev.skills(p, z, z.mean(0), 0.5, document, 0.5 * p) == pytest.approx((0, 0, 0))
+
+
 def test_verdicts():
     def sections(skill, copy, inside, corpus, cos, rank):
         near = {'low': 0.01}
+        gains = {'skill over copy-last': {'gain_low': skill - copy - 0.01}, 'MRR in document over the random encoder':
+                 {'gain_low': inside - 0.13}, 'MRR in corpus over the random encoder': {'gain_low': corpus - 0.02}}
         return {'feature similarity': {'model': {'skill': skill, 'skill_low': skill - near['low'], 'skill_high': skill + 0.01},
                                        'copy-last': {'skill': copy}},
-                'geometry': {'model': {'rank_centred': rank, 'dimensions': 100, 'cos_random': cos}},
+                'what is learned': gains, 'geometry': {'model': {'rank_centred': rank, 'dimensions': 100, 'cos_random': cos}},
                 'retrieval in document': {'model': {'MRR': inside, 'MRR_low': inside - 0.01}, 'chance': {'MRR': 0.12}},
                 'retrieval corpus': {'model': {'MRR': corpus}, 'chance': {'MRR': 0.01}}}
     assert ev.verdict(sections(0.1, 0.05, 0.3, 0.3, 0.0, 80))[0] == 'learns'
@@ -193,6 +215,22 @@ def test_the_whole_evaluation(trained, tmp_path):
     assert nats['D(z)']['perplexity'] == pytest.approx(np.exp(nats['D(z)']['nats per token']))
     run('evaluate.py', *arguments)
     assert open(os.path.join(trained, 'report.md'), encoding='utf-8').read() == report, 'the same seed, the same report'
+
+
+def test_an_untrained_model_has_learned_nothing(corpus_dir, tmp_path):
+    out = f'--out_dir={tmp_path}/out'
+    run('train_encoder.py', f'--data_dir={corpus_dir}', out, '--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=4',
+        '--block_size=128', '--compile=False', '--eval_iters=2', '--max_iters=1', '--learning_rate=1e-12')
+    run('evaluate.py', out)
+    assert json.load(open(tmp_path / 'out' / 'metrics.json', encoding='utf-8'))['verdict'] != 'learns'
+
+
+def test_data_of_another_tokenizer_are_refused(trained, tmp_path):
+    run('prepare.py', '--dataset=web-bible', '--max_docs=40', '--tokenizer=bpe:400', f'--data_dir={tmp_path}/data', '--val_fraction=0.3')
+    for script in ('evaluate.py', 'train_decoder.py'):
+        done = run(script, f'--out_dir={trained}', f'--data_dir={tmp_path}/data', check=False)
+        assert done.returncode == 1
+        assert 'another tokenizer' in done.stderr
 
 
 def test_perplexity_is_a_loop_over_single_sentences(trained):
