@@ -1,4 +1,4 @@
-# For data/openstax (config/prepare_openstax.py): an hour on one CPU core. Wide and shallow: tests/results/ablation.csv.
+# For data/openstax (config/prepare_openstax.py): over an hour on one CPU core, half of it on two. Wide and shallow.
 data_dir = 'data/openstax'
 out_dir = 'out/openstax'
 n_layer = 1
