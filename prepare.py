@@ -98,45 +98,62 @@ def halves(text: str) -> tuple[str, str]:
     return text[:len(text) // 2], text[len(text) // 2:]
 
 
-def encode_document(text: str, encode, max_tokens: int) -> list:
-    """Token ids of each sentence of `text`, none longer than max_tokens; encode maps a list of str to one of ids."""
-    pending = deque()
-    for sentence in split_sentences(text):
-        pieces = deque([sentence])
-        while pieces:
-            piece = pieces.popleft()
-            if len(piece) > MAX_CHARS:
-                pieces.extendleft(reversed(halves(piece)))
-            else:
-                pending.append(piece)
-    out = []
-    while pending:
-        batch, pending = list(pending), deque()
-        for piece, ids in zip(batch, encode(batch)):
-            if len(ids) > max_tokens and len(piece) > 1:
-                out += cut(piece, encode, max_tokens)
-            elif len(ids):
-                out.append(ids[:max_tokens])
-    return out
+def encode_document(text: str, encode, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of the sentences of `text` end to end, and the length of each, none over max_tokens.
+
+    `encode` maps a list of str to such a pair.
+    """
+    sentences = split_sentences(text)
+    if not sentences:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    if max(map(len, sentences)) > MAX_CHARS:
+        sentences = [part for sentence in sentences for part in shorter(sentence)]
+    ids, lengths = encode(sentences)
+    ends = np.cumsum(lengths)
+    parts, sizes, done, at = [], [], 0, 0
+    for i in np.flatnonzero(lengths > max_tokens):  # few: cut, and put in their place
+        rows = cut(sentences[i], encode, max_tokens)
+        parts += [ids[at:ends[i] - lengths[i]], *rows]
+        sizes += [lengths[done:i], np.array([len(row) for row in rows])]
+        done, at = i + 1, ends[i]
+    if parts:
+        ids, lengths = np.concatenate([*parts, ids[at:]]), np.concatenate([*sizes, lengths[done:]])
+    return ids, lengths[lengths > 0]
+
+
+def shorter(text):
+    """Pieces of `text` of at most MAX_CHARS."""
+    return [text] if len(text) <= MAX_CHARS else [p for half in halves(text) for p in shorter(half)]
 
 
 def cut(text, encode, max_tokens):
     """Token ids of the pieces of a sentence that is too long."""
     out = []
     for piece in halves(text):
-        ids = encode([piece])[0]
+        ids, _ = encode([piece])
         out += cut(piece, encode, max_tokens) if len(ids) > max_tokens and len(piece) > 1 else [ids[:max_tokens]]
-    return [ids for ids in out if len(ids)]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 class Tokenizer:
-    """Text to ids and back. n_vocab counts `eos`, the id that ends a sentence; special tokens' own text is text."""
+    """Text to ids and back. n_vocab counts `eos`, the id that ends a sentence; special tokens' own text is text.
 
-    def __init__(self, encode_batch, decode, n_vocab, eos):
-        self.encode_batch, self._decode, self.n_vocab, self.eos = encode_batch, decode, n_vocab, eos
+    encode maps a list of str, none empty and without white space at the ends where they are several, to the ids of all,
+    end to end, and the length of each: int64 arrays.
+    """
+
+    def __init__(self, encode, decode, n_vocab, eos):
+        self.encode, self._decode, self.n_vocab, self.eos = encode, decode, n_vocab, eos
+
+    def encode_batch(self, texts) -> list[np.ndarray]:
+        """Token ids of each text, whatever white space it has."""
+        if not texts or not all(t and t == t.strip() for t in texts):
+            return [self.encode([t])[0] for t in texts]
+        ids, lengths = self.encode(texts)
+        return np.split(ids, np.cumsum(lengths)[:-1])
 
     def decode(self, ids) -> str:
         """The text of token ids, without eos."""
@@ -160,7 +177,7 @@ def load_tokenizer(spec: dict, data_dir: str | None = None) -> Tokenizer:
         hf.encode_special_tokens = True  # their own text is text
 
         def encode_all(texts):
-            return [e.ids for e in hf.encode_batch(list(map(whole_characters, texts)), add_special_tokens=False)]
+            return flat([e.ids for e in hf.encode_batch(list(map(whole_characters, texts)), add_special_tokens=False)])
 
         def decode(ids):
             return hf.decode(ids, skip_special_tokens=False)
@@ -183,20 +200,26 @@ def load_tokenizer(spec: dict, data_dir: str | None = None) -> Tokenizer:
         n_vocab, eos = encoding.n_vocab, encoding.eot_token
 
     # A call costs more than a short sentence does. Where the pattern lets nothing join with a line break, all sentences
-    # are tokenized in one text and cut at the breaks.
+    # are tokenized in one text and cut at the breaks. (encode_to_numpy takes twice as long as encode_ordinary.)
     lines = kind == 'bpe' or spec['name'] in ('gpt2', 'r50k_base', 'p50k_base')
     newline = encoding.encode_ordinary('\n')[0]
 
-    def encode_batch(texts):
-        if lines and len(texts) > 1 and all(t and not (t[0].isspace() or t[-1].isspace()) for t in texts):
-            with contextlib.suppress(UnicodeEncodeError):  # lone surrogates: encode_ordinary replaces them
-                ids = encoding.encode_to_numpy('\n'.join(texts), disallowed_special=()).astype(np.int64)  # torch's ids
-                ends = np.flatnonzero(ids == newline).tolist()
-                if len(ends) == len(texts) - 1:  # no text had a break of its own
-                    return [ids[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(ids)])]
-        return [encoding.encode_ordinary(t) for t in texts]
+    def encode(texts):
+        if lines and len(texts) > 1:
+            ids = np.array(encoding.encode_ordinary('\n'.join(texts)), np.int64)
+            at_break = ids == newline
+            breaks = np.flatnonzero(at_break)
+            if len(breaks) == len(texts) - 1:  # no text had a break of its own
+                return ids[~at_break], np.diff(breaks, prepend=-1, append=len(ids)) - 1
+        return flat([encoding.encode_ordinary(t) for t in texts])
 
-    return Tokenizer(encode_batch, encoding.decode, n_vocab, eos)
+    return Tokenizer(encode, encoding.decode, n_vocab, eos)
+
+
+def flat(rows):
+    """Lists of ids end to end, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int64)
+    return np.fromiter((i for row in rows for i in row), np.int64, lengths.sum()), lengths
 
 
 def train_bpe(name: str, texts) -> tuple[str, str]:
@@ -366,7 +389,7 @@ def start_worker(spec, directory):
     """Each process loads the tokenizer once; a Ctrl-C is the parent's affair."""
     global _encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _encode = load_tokenizer(spec, directory).encode_batch
+    _encode = load_tokenizer(spec, directory).encode
 
 
 def work(texts, max_tokens, fraction, dtype):
@@ -377,19 +400,20 @@ def work(texts, max_tokens, fraction, dtype):
         if text is None:
             counts['no text'] += 1
             continue
-        ids = encode_document(text, _encode, max_tokens)
-        if not ids:
+        ids, sizes = encode_document(text, _encode, max_tokens)
+        if not len(ids):
             counts['empty'] += 1
             continue
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        tokens, lengths, sizes = out['val' if int.from_bytes(digest, 'big') < fraction * 2**64 else 'train']
-        tokens += ids
-        lengths += map(len, ids)
-        sizes.append(len(ids))
+        tokens, lengths, per_document = out['val' if int.from_bytes(digest, 'big') < fraction * 2**64 else 'train']
+        tokens.append(ids)
+        lengths.append(sizes)
+        per_document.append(len(sizes))
         counts['documents'] += 1
         counts['characters'] += len(text)
-    return {k: (np.concatenate([np.empty(0, dtype), *t], dtype=dtype, casting='unsafe').tobytes(),
-                np.array(n, np.int64), np.array(d, np.int64)) for k, (t, n, d) in out.items()}, counts, len(texts)
+    none = np.empty(0, np.int64)
+    return {k: (np.concatenate([none, *t]).astype(dtype).tobytes(), np.concatenate([none, *n]), np.array(d, np.int64))
+            for k, (t, n, d) in out.items()}, counts, len(texts)
 
 
 class Writer:
@@ -553,7 +577,7 @@ def tokenizer_spec(s, make):
     if kind == 'bpe' and loaded.n_vocab != int(name):
         spec['note'] = f'the text yields {loaded.n_vocab} tokens, fewer than asked'
     ids = loaded.encode_batch(['The quick brown fox, 1234; naïve Ünïcode 你好.'])
-    probe = json.dumps([loaded.n_vocab, [[int(i) for i in row] for row in ids]])
+    probe = json.dumps([loaded.n_vocab, [row.tolist() for row in ids]])
     digest = hashlib.sha256((probe + (content or '')).encode()).hexdigest()
     return spec | {'n_vocab': loaded.n_vocab, 'sha256': digest}
 

@@ -32,7 +32,7 @@ def start(spec, folder):
 
 def tokenize(texts):
     """tiktoken on whole documents: what cannot be avoided."""
-    return sum(len(ids) for ids in _tokenizer.encode_batch(texts))
+    return sum(len(_tokenizer.encode([text])[0]) for text in texts)
 
 
 def tiktoken_alone(texts, folder, n):
