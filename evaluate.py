@@ -352,6 +352,8 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
     def progress(name):
         steps.set_description(name)
         steps.update(1)
+        if steps.disable:  # a log
+            print(f'evaluate.py: {name}', file=sys.stderr, flush=True)
 
     # concepts, predictions and their baselines
     items = Items(corpus, rng, max_pairs, context=eval_context)
@@ -692,7 +694,7 @@ def main():
     """Evaluate, or answer a prompt."""
     encoder, decoder, train_corpus, corpus = load(out_dir)
     folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
-    if prompt:
+    if any(a.startswith('--prompt=') for a in sys.argv):  # an empty one too: a mistake, not minutes of evaluation
         answer(encoder, decoder, corpus, prompt)
         return
     if not decoder:

@@ -49,7 +49,7 @@ val_fraction = 0.005  # share of documents held out, by a hash of their text
 max_sentence_tokens = 128  # a longer sentence is cut at a clause or a word
 shard_tokens = 100_000_000  # a new shard starts about every so many tokens
 num_proc = 0  # processes that split and tokenize, of each rank; 0: one a core
-hub_retries = 4  # tries in a row to reach the hub, with growing pauses between them
+hub_retries = 4  # tries in a row to reach the hub, growing pauses between them; its client tries 5 times in each
 
 FORMAT = 1
 BPE_SAMPLE = 20_000_000  # characters of text that a bpe: tokenizer is trained on
@@ -716,6 +716,8 @@ def finish(s, spec, dtype, world_size):
     lengths = np.searchsorted(have.cumsum(), have.sum() * np.array([0.05, 0.25, 0.5, 0.75, 0.95]))
     for split, n in splits.items():
         print(f"{split}: {n['documents']:,} documents, {n['sentences']:,} sentences, {n['tokens']:,} tokens")
+    if not splits['val']['sentences']:
+        print('nothing is held out, and training will ask for it: raise --val_fraction, in a new --data_dir')
     print(f"tokens a sentence, 5th 25th 50th 75th 95th percentile: {' '.join(map(str, lengths))}")
     print(f"left out: {counts['empty']:,} documents without a sentence, {counts['no text']:,} records without text")
     print(f"{counts['characters'] / 1e6:.1f}M characters, to {directory}")
@@ -793,7 +795,8 @@ class Corpus:
         self.data_dir, self.split = data_dir, split
         self.n_tokens, self.n_sentences, self.n_documents = (said[k] for k in SUFFIXES)
         if not self.n_sentences:
-            raise ValueError(f"the split '{split}' of {data_dir} is empty: prepare it with another --val_fraction")
+            raise ValueError(f"the split '{split}' of {data_dir} is empty: prepare it with more --val_fraction, in a "
+                             'new --data_dir')
         verify = self.n_tokens < 1e9 if verify is None else verify
         self.shards = [Shard(data_dir, e, self.meta['dtype'], verify) for e in said['shards']]
         self.first_document = np.cumsum([0, *(e['documents'] for e in said['shards'])])

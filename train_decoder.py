@@ -82,6 +82,21 @@ def stop(message):
     raise SystemExit(f'train_decoder.py: {message}')
 
 
+interrupted = -1  # the signal that asked to stop; -1 before the first step, 0 while none has come
+
+
+def on_signal(number, frame):
+    """Ask the loop to save and stop; before the loop, and for the second time, stop at once."""
+    global interrupted
+    if interrupted:
+        print('stopped at once: what was saved before is whole', file=sys.stderr)
+        os._exit(128 + number)
+    interrupted = number
+
+
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+
 ddp = 'RANK' in os.environ
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 if device == 'auto':
@@ -300,17 +315,6 @@ if master:
 # ---------------------------------------------------------------------------------------------------------------
 # Loop
 
-interrupted = 0  # the signal that asked to stop
-
-
-def on_signal(number, frame):
-    """Ask the loop to save and stop; a second signal stops at once."""
-    global interrupted
-    if interrupted:
-        sys.exit(128 + number)
-    interrupted = number
-
-
 def run():
     """Train to max_iters; returns the signal that stopped it, or 0."""
     global step, best_loss, seen_tokens
@@ -390,12 +394,10 @@ def run():
     bar.close()
     upcoming.cancel()
     loader.shutdown()
-    return interrupted or (signal.SIGTERM if step < max_iters else 0)
+    return (interrupted or signal.SIGTERM) if step < max_iters else 0
 
 
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
-first_step = step
+first_step, interrupted = step, 0
 model.train()
 try:
     stopped = run()
@@ -407,3 +409,5 @@ if stopped:
     if master:
         print(f'stopped at step {step}, saved to {checkpoint_path}: go on with --init_from=resume')
     sys.exit(128 + stopped)
+if master:
+    print(f'{checkpoint_path} has {step} steps. Next: python evaluate.py --out_dir={out_dir}')

@@ -88,6 +88,21 @@ def stop(message):
     raise SystemExit(f'train_encoder.py: {message}')
 
 
+interrupted = -1  # the signal that asked to stop; -1 before the first step, 0 while none has come
+
+
+def on_signal(number, frame):
+    """Ask the loop to save and stop; before the loop, and for the second time, stop at once."""
+    global interrupted
+    if interrupted:
+        print('stopped at once: what was saved before is whole', file=sys.stderr)
+        os._exit(128 + number)
+    interrupted = number
+
+
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+
 ddp = 'RANK' in os.environ
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 if device == 'auto':
@@ -235,6 +250,11 @@ def whiten(zs, documents):
     return mean, n
 
 
+if master:
+    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f'{n_params / 1e6:.1f}M parameters, {train_data.n_tokens / 1e6:.1f}M tokens of training data, '
+          f'{gradient_accumulation_steps * batch_size * block_size:,} tokens a step, {world_size} x {device}, {dtype}'
+          f'{", compiled" if compile else ""}', flush=True)
 if not model.whitening.steps:  # the space is whitened before the first step, on 20 sentences a dimension
     measured = 0
     while measured < 20 * n_embd and model.whitening.steps < 200:
@@ -366,26 +386,11 @@ if master:
             os.truncate(metrics_path, metrics_bytes)  # rows of steps that were lost are written again
     except OSError as error:
         stop(f'cannot write to {out_dir}: {error.strerror}')
-    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f'{n_params / 1e6:.1f}M parameters, {train_data.n_tokens / 1e6:.1f}M tokens of training data, '
-          f'{gradient_accumulation_steps * batch_size * block_size:,} tokens a step, {world_size} x {device}, {dtype}'
-          f'{", compiled" if compile else ""}')
     if wandb_log:
         wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loop
-
-interrupted = 0  # the signal that asked to stop
-
-
-def on_signal(number, frame):
-    """Ask the loop to save and stop; a second signal stops at once."""
-    global interrupted
-    if interrupted:
-        sys.exit(128 + number)
-    interrupted = number
-
 
 def run():
     """Train to max_iters; returns the signal that stopped it, or 0."""
@@ -480,12 +485,10 @@ def run():
     bar.close()
     upcoming.cancel()
     loader.shutdown()
-    return interrupted or (signal.SIGTERM if step < max_iters else 0)
+    return (interrupted or signal.SIGTERM) if step < max_iters else 0
 
 
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
-first_step = step
+first_step, interrupted = step, 0
 model.train()
 try:
     stopped = run()
@@ -497,3 +500,5 @@ if stopped:
     if master:
         print(f'stopped at step {step}, saved to {checkpoint_path}: go on with --init_from=resume')
     sys.exit(128 + stopped)
+if master:
+    print(f'{checkpoint_path} has {step} steps. Next: python train_decoder.py --out_dir={out_dir}')

@@ -7,11 +7,13 @@ underscore, but each setting that it leaves behind must be one the script has, a
 """
 
 import difflib
+import os
 import re
 import runpy
 import sys
 
 TYPES = (bool, int, float, str)
+SCRIPTS = {'prepare': 'prepare.py', 'encoder': 'train_encoder.py', 'decoder': 'train_decoder.py'}  # by stage
 
 
 def override(names: dict, argv: list[str] | None = None) -> dict:
@@ -32,6 +34,9 @@ def override(names: dict, argv: list[str] | None = None) -> dict:
             name, text = arg[2:].split('=', 1)
             settings[name] = from_text(name, text, settings)
         elif arg.endswith('.py'):
+            script = SCRIPTS.get(os.path.basename(arg).split('_')[0])
+            if script and os.path.basename(names['__file__']) in {*SCRIPTS.values(), 'evaluate.py'} - {script}:
+                raise SystemExit(f'{arg} is a preset of {script}')
             settings.update(from_preset(arg, settings))
         else:
             raise SystemExit(f"cannot read the argument '{arg}': write --name=value, or the path of a preset (.py)")

@@ -257,7 +257,7 @@ def test_a_prompt_is_answered(trained):
 
 
 @pytest.mark.parametrize(('argument', 'says'), [
-    ('--out_dir=nowhere', 'train_encoder.py'), ('--prompt= ', 'no sentence'), ('--sts=nowhere.csv', 'nowhere.csv'),
+    ('--out_dir=nowhere', 'train_encoder.py'), ('--prompt= ', 'no sentence'), ('--prompt=', 'no sentence'), ('--sts=nowhere.csv', 'nowhere.csv'),
     ('--max_pair=3', 'max_pairs')])
 def test_mistakes_are_one_line(trained, argument, says):
     done = run('evaluate.py', f'--out_dir={trained}', argument, check=False)
