@@ -90,6 +90,16 @@ def test_resume_is_exact(straight, corpus_dir, tmp_path):
     assert_equal(weights(f'{straight}/decoder.pt'), weights(f'{out}/decoder.pt'))
 
 
+def test_a_stop_before_the_first_step_is_quiet(corpus_dir, tmp_path):
+    process = subprocess.Popen([sys.executable, 'train_encoder.py', f'--data_dir={corpus_dir}', f'--out_dir={tmp_path}/out', *ENCODER],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert 'parameters' in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert 'Traceback' not in said
+
+
 def torchrun(script, *arguments):
     run('-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', script, *arguments,
         OMP_NUM_THREADS='1')
