@@ -28,7 +28,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import regex
@@ -219,7 +219,7 @@ def load_tokenizer(spec: dict, data_dir: str | None = None) -> Tokenizer:
 def flat(rows):
     """Lists of ids end to end, and their lengths."""
     lengths = np.array([len(row) for row in rows], np.int64)
-    return np.fromiter((i for row in rows for i in row), np.int64, lengths.sum()), lengths
+    return np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum()), lengths
 
 
 def train_bpe(name: str, texts) -> tuple[str, str]:
