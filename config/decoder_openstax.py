@@ -1,4 +1,4 @@
-# For out/openstax (config/encoder_openstax.py): about 10 minutes on 2 CPU cores.
+# For out/openstax (config/encoder_openstax.py): about 13 minutes on one CPU core, too short for good text.
 out_dir = 'out/openstax'
 n_layer = 3
 n_head = 4
