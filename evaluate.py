@@ -365,9 +365,14 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
     z, z_train = z_all[items.target], z_train_all[train.target]
     mean_target = z_train.mean(0)
 
+    def predictions(by, x, concepts):
+        if by.model.config.context == 'concepts':  # at hand: not encoded again
+            return by.roll(concepts, x.windows)
+        return by.predict_windows(x.sentences, x.windows, batch_size)
+
     def predictors(x, z_all):
         mean = unit(np.stack([z_all[a:b].mean(0) for a, b in x.windows]))
-        p = encoder.predict_windows(x.sentences, x.windows, batch_size)
+        p = predictions(encoder, x, z_all)
         return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': mean,
                 'shuffled context': np.roll(p, len(p) // 3, 0),
                 'mean target': np.repeat(unit(mean_target)[None], len(p), 0)}
@@ -414,10 +419,8 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
     def window_mean(all_):
         return unit(np.stack([all_[a:b].mean(0) for a, b in items.windows]))
     spaces = {name: dense(unit(p), z_all) for name, p in p_by.items() if name != 'mean target'}
-    r = random.roll(r_all, items.windows) if random.model.config.context == 'concepts' else \
-        random.predict_windows(items.sentences, items.windows, batch_size)
-    spaces |= {'random encoder': dense(r, r_all), 'token mean': dense(window_mean(t_all), t_all),
-               'TF-IDF of the window': sparse}
+    spaces |= {'random encoder': dense(predictions(random, items, r_all), r_all),
+               'token mean': dense(window_mean(t_all), t_all), 'TF-IDF of the window': sparse}
     place = {}
     for name, similar in spaces.items():
         place[name] = {k: ranks(similar, c) for k, c in candidates.items()}
