@@ -628,7 +628,7 @@ def pictures(folder, sections, keep):
                   color=['0.25'] + ['0.75'] * (len(rows) - 1), edgecolor='black')
         axis.axvline(sections[section]['chance']['MRR'], color='black', linestyle=':', label='chance')
         axis.set(title=title, xlabel='mean reciprocal rank, 95 % interval', yticks=y, yticklabels=list(rows))
-    axes[1].legend(frameon=False, loc='lower right')
+    axes[1].legend(frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1.12))
     save('retrieval.png')
 
     plt.figure()

@@ -130,7 +130,7 @@ if dtype not in ('float32', 'bfloat16'):
 if gradient_accumulation_steps % world_size:
     stop(f'{world_size} ranks cannot share --gradient_accumulation_steps={gradient_accumulation_steps} evenly')
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-torch.set_float32_matmul_precision('high')
+torch.set_float32_matmul_precision('high')  # on CUDA, products that are fp32 by their docstring run as TF32
 flex = device_type == 'cuda' and compile  # FlexAttention has no backward on CPU
 max_sentences = max_sentences or block_size // 8
 lr_decay_iters, min_lr = lr_decay_iters or max_iters, min_lr or learning_rate / 10
@@ -139,6 +139,7 @@ try:
     encoder_state = lib.load_checkpoint(encoder_path or out_dir, 'encoder', device)
     data_dir = data_dir or encoder_state['settings']['data_dir']
     train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
+    val_rows = val_data.rows_per_epoch(block_size, max_sentences, prefix=n_prefix)
     jepa = lib.JEPA(lib.JEPAConfig(**encoder_state['config']))
 except (OSError, ValueError, ImportError) as error:
     stop(error)
@@ -148,6 +149,7 @@ jepa.load_state_dict(encoder_state['model'])
 jepa.to(device).eval().requires_grad_(False)
 del encoder_state
 rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences, 'prefix': n_prefix}
+eval_iters = min(eval_iters, max(val_rows // (batch_size * world_size), 1))  # no row is measured twice
 
 
 def to_device(batch):

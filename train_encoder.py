@@ -138,12 +138,13 @@ if dtype not in ('float32', 'bfloat16'):
 if gradient_accumulation_steps % world_size:
     stop(f'{world_size} ranks cannot share --gradient_accumulation_steps={gradient_accumulation_steps} evenly')
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-torch.set_float32_matmul_precision('high')
+torch.set_float32_matmul_precision('high')  # on CUDA, products that are fp32 by their docstring run as TF32
 max_sentences = max_sentences or block_size // 8
 lr_decay_iters, min_lr = lr_decay_iters or max_iters, min_lr or learning_rate / 10
 
 try:
     train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
+    val_rows = val_data.rows_per_epoch(block_size, max_sentences)
 except (OSError, ValueError) as error:
     stop(error)
 for corpus in (train_data, val_data):
@@ -151,6 +152,7 @@ for corpus in (train_data, val_data):
         stop(f'every document of {data_dir} ({corpus.split}) is one sentence: there is no next one to predict. Where '
              'documents span lines, prepare them with --doc_separator')
 rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences}
+eval_iters = min(eval_iters, max(val_rows // (batch_size * world_size), 1))  # no row is measured twice
 
 
 def to_device(batch):
@@ -200,6 +202,8 @@ try:
     elif init_from.startswith('hf:'):  # n_layer, n_head and n_embd are the pretrained model's
         found, weights = lib.pretrained(init_from[3:], train_data.meta['tokenizer'])
         architecture |= found
+        if master:
+            print(f"{init_from} has {', '.join(f'{k}={found[k]}' for k in ('n_layer', 'n_head', 'n_embd'))} of its own")
     elif init_from != 'scratch':
         stop(f"--init_from={init_from}: expected 'scratch', 'resume' or 'hf:<name or folder>'")
     torch.manual_seed(seed)

@@ -24,22 +24,26 @@ def override(names: dict, argv: list[str] | None = None) -> dict:
 
     Raises SystemExit with one line on an unknown name, a wrong type, a missing or broken preset.
     """
+    script = os.path.basename(names['__file__'])
     argv = sys.argv[1:] if argv is None else argv
     settings = {k: v for k, v in names.items() if k == k.lower() and k[0] != '_' and type(v) in TYPES}
     if any(a in ('-h', '--help') for a in argv):
         print(describe(names, settings), end='')
         raise SystemExit(0)
-    for arg in argv:
-        if arg.startswith('--') and '=' in arg:
-            name, text = arg[2:].split('=', 1)
-            settings[name] = from_text(name, text, settings)
-        elif arg.endswith('.py'):
-            script = SCRIPTS.get(os.path.basename(arg).split('_')[0])
-            if script and os.path.basename(names['__file__']) in {*SCRIPTS.values(), 'evaluate.py'} - {script}:
-                raise SystemExit(f'{arg} is a preset of {script}')
-            settings.update(from_preset(arg, settings))
-        else:
-            raise SystemExit(f"cannot read the argument '{arg}': write --name=value, or the path of a preset (.py)")
+    try:
+        for arg in argv:
+            if arg.startswith('--') and '=' in arg:
+                name, text = arg[2:].split('=', 1)
+                settings[name] = from_text(name, text, settings)
+            elif arg.endswith('.py'):
+                stage = SCRIPTS.get(os.path.basename(arg).split('_')[0])
+                if stage and script in {*SCRIPTS.values(), 'evaluate.py'} - {stage}:
+                    raise ValueError(f'{arg} is a preset of {stage}')
+                settings.update(from_preset(arg, settings))
+            else:
+                raise ValueError(f"cannot read the argument '{arg}': write --name=value, or the path of a preset (.py)")
+    except ValueError as error:
+        raise SystemExit(f'{script}: {error}') from None
     names.update(settings)
     return settings
 
@@ -49,7 +53,7 @@ def known(name: str, settings: dict):
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else '--help lists them all'
-        raise SystemExit(f"unknown setting '{name}': {hint}")
+        raise ValueError(f"unknown setting '{name}': {hint}")
     return settings[name]
 
 
@@ -63,7 +67,7 @@ def from_text(name: str, text: str, settings: dict):
             return {'true': True, 'false': False, '1': True, '0': False}[text.lower()]
         return kind(text)
     except (KeyError, ValueError):
-        raise SystemExit(f"--{name}={text}: expected {'True or False' if kind is bool else kind.__name__}") from None
+        raise ValueError(f"--{name}={text}: expected {'True or False' if kind is bool else kind.__name__}") from None
 
 
 def from_preset(path: str, settings: dict) -> dict:
@@ -71,9 +75,9 @@ def from_preset(path: str, settings: dict) -> dict:
     try:
         values = runpy.run_path(path)
     except FileNotFoundError:
-        raise SystemExit(f"no preset at '{path}': presets are config/<stage>_<name>.py") from None
+        raise ValueError(f"no preset at '{path}': presets are config/<stage>_<name>.py") from None
     except Exception as error:
-        raise SystemExit(f"preset '{path}' does not run: {type(error).__name__}: {error}") from None
+        raise ValueError(f"preset '{path}' does not run: {type(error).__name__}: {error}") from None
     given = {}
     for name, value in values.items():
         if name[0] == '_' or not (type(value) in TYPES or name in settings or value is None):
@@ -82,7 +86,7 @@ def from_preset(path: str, settings: dict) -> dict:
         if type(default) is float and type(value) is int:
             value = float(value)
         if type(value) is not type(default):
-            raise SystemExit(f'{path}: {name} = {value!r}: expected {type(default).__name__}')
+            raise ValueError(f'{path}: {name} = {value!r}: expected {type(default).__name__}')
         given[name] = value
     return given
 

@@ -51,7 +51,7 @@ def test_a_preset_is_checked_alike(tmp_path, line, says):
 def test_a_preset_of_another_stage_is_refused():
     done = run('train_encoder.py', 'config/decoder_demo.py', check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == 'config/decoder_demo.py is a preset of train_decoder.py'
+    assert done.stderr.strip() == 'train_encoder.py: config/decoder_demo.py is a preset of train_decoder.py'
 
 
 def defaults(script):

@@ -1,8 +1,10 @@
 """prepare.py: sentences, tokenizers, files on disk, and batches."""
 
+import base64
 import gzip
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import time
 import hub
 import numpy as np
 import pytest
+import tiktoken
 from conftest import ROOT, free_port, run
 
 import prepare
@@ -78,7 +81,7 @@ def letters(texts):
 
 @pytest.mark.parametrize('text', HARD)
 def test_long_sentences_are_cut_not_dropped(text):
-    ids, lengths = prepare.encode_document(text, letters, 128)
+    ids, lengths, _ = prepare.encode_documents([text], letters, 128)
     assert lengths.sum() == len(ids)
     out = np.split(ids, np.cumsum(lengths)[:-1]) if len(ids) else []
     assert all(0 < len(ids) <= 128 for ids in out)
@@ -117,10 +120,35 @@ def test_sentences_are_tokenized_each_on_its_own(corpus_dir, texts):
     """The fast path, many at once, gives what one at a time gives; so do texts that it cannot take."""
     encode = prepare.Corpus(corpus_dir, 'train').tokenizer.encode_batch
     sentences = [s for t in [*texts[:30], *HARD] for s in prepare.split_sentences(t)]
-    for some in (sentences, ['a', '', 'b'], [' a', 'b '], ['a\nb', 'c'], ['\ud800', 'x'], []):
+    for some in (sentences, ['a', '', 'b'], [' a', 'b '], ['a\nb', 'c'], ['a   b', 'c'], ['\ud800', 'x'], []):
         together = encode(some)
         assert len(together) == len(some)
         assert [list(ids) for ids in together] == [list(encode([s])[0]) for s in some]
+
+
+def test_faster_pattern_is_gpt2s(texts):
+    """On folded text, any characters in it; with ranks of our own, as gpt2's would have to be downloaded."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+    ranks, _ = prepare.train_bpe('bpe:600', texts)
+    merges = {base64.b64decode(t): int(r) for t, r in (line.split() for line in ranks.splitlines())}
+    theirs, ours = (tiktoken.Encoding('x', pat_str=p, mergeable_ranks=merges, special_tokens={}).encode_ordinary
+                    for p in (r50k_pat_str, prepare.GPT2_FOLDED))
+    rng = random.Random(0)
+    some = 'abz ABZ  12\'sdtmlver.,;!?-–…“”é你好ёß\u0301\u00a0\u2028\u3000\u200d\t\x1c\x85😀'
+    for text in [*texts[:30], *HARD, *(''.join(rng.choices(some, k=60)) for _ in range(3000))]:
+        folded = '\n'.join(prepare.split_sentences(text))
+        assert ours(folded) == theirs(folded)
+
+
+def test_documents_together_are_as_documents_alone(texts):
+    several = [*texts[:5], '', *HARD, ' ', *texts[5:8]]
+    ids, lengths, of = prepare.encode_documents(several, letters, 16)
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    for i, text in enumerate(several):
+        alone, sizes, _ = prepare.encode_documents([text], letters, 16)
+        own = [r for r, k in zip(rows, of) if k == i]
+        assert np.array_equal(np.concatenate([*own, alone[:0]]), alone)
+        assert [len(r) for r in own] == list(sizes)
 
 
 def rows_of(corpus, packing, batch_size, n, **where):
