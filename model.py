@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -311,6 +311,22 @@ def pairs(document):
     return (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
 
 
+def contrast(p, concepts, document, window=8, temperature=0.05):
+    """Cross-entropy (B, S - 1) of telling concept[i + 1] by p[i] from the other sentences of its row, fp32.
+
+    InfoNCE (van den Oord et al. 2018, arXiv:1807.03748), with most negatives of the same document. Sentence i and the
+    `window` before it are left out: a prediction may resemble what it follows. p, concepts (B, S, D), document (B, S).
+    """
+    with torch.autocast(p.device.type, enabled=False):
+        logits = F.normalize(p.float(), dim=-1) @ concepts.float().transpose(1, 2) / temperature  # (B, S, S)
+    at = torch.arange(document.shape[1], device=document.device)
+    ahead = at - at[:, None]
+    same = document[:, :, None] == document[:, None]
+    left_out = (document < 0)[:, None] | (same & (ahead <= 0) & (ahead >= -window))
+    logits = logits.masked_fill(left_out, -1e4)[:, :-1]  # finite: where all are left out, the gradient is 0 and not NaN
+    return F.cross_entropy(logits.flatten(0, 1), at[1:].repeat(len(p)), reduction='none').view(len(p), -1)
+
+
 @dataclass
 class JEPAConfig:
     """Architecture of encoder and predictor; saved in the checkpoint."""
@@ -339,6 +355,7 @@ class JEPA(nn.Module):
         self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.whitening = Whitening(config.n_embd)
+        self.contrast = 0.0  # weight of `contrast` in the loss
         self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a sentence's mean: see sif_weights
 
     def train(self, mode=True):
@@ -372,14 +389,18 @@ class JEPA(nn.Module):
 
         With context='concepts' the predictor learns from two inputs, half the loss each: the online encoder's states,
         through which the encoder learns, and the targets' own concepts, which it reads after training. The online
-        encoder runs ahead of its average: a predictor that had seen only its states retrieved less.
+        encoder runs ahead of its average: a predictor that had seen only its states retrieved less. From the second
+        input, so that only the predictor feels it, it also learns to tell the next sentence from others: the cosine
+        alone is content with the topic.
         """
         p = self.predict(tokens, sentence, document, mask)
-        cos = F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)
+        loss = 1 - F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)
         if self.config.context == 'concepts':
             p = self.predict_concepts(concepts, document)
-            cos = (cos + F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)) / 2
-        return ((1 - cos) * pairs(document)).sum()
+            loss = (loss + 1 - F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)) / 2
+            if self.contrast:
+                loss = loss + self.contrast * torch.where(pairs(document), contrast(p, concepts, document), 0)
+        return (loss * pairs(document)).sum()
 
     @torch.no_grad()
     def update_target(self, momentum):
@@ -466,7 +487,8 @@ def rank_me(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The decoder: a concept becomes a few prefix positions of a causal transformer that writes the sentence.
+# The decoder: a causal transformer writes the sentence after a few prefix positions made of the concept. What is left
+# of the concept once the words written so far are taken from it also goes straight to the logits.
 
 @dataclass
 class DecoderConfig:
@@ -489,7 +511,11 @@ def place_in_sentence(sentence):
 
 
 class Decoder(nn.Module):
-    """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row."""
+    """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row.
+
+    logits = E (norm(x) + P concept - spent * said), with E the table of token embeddings, tied, and `said` the sum of
+    the embeddings of the tokens so far, each times its weight in a sentence's mean.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -505,6 +531,36 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.embedding.weight
+        self.direct = nn.Linear(config.concept_dim, config.n_embd, bias=False)  # P
+        nn.init.normal_(self.direct.weight, std=0.02 * config.concept_dim ** -0.5)
+        self.spent = nn.Parameter(torch.full((config.n_embd,), 2.0))
+        self.register_buffer('token_weight', torch.ones(config.vocab_size))  # the encoder's
+
+    @torch.no_grad()
+    def start_from(self, concepts, token_weight):
+        """Let E and P start from the concepts (V, concept_dim) of single tokens, so that E P c is c's bag of words.
+
+        P are their principal directions, as many as n_embd has room for; E is each token in them, 1 long on average.
+        token_weight (V,) is the encoder's. Without this a decoder needs thousands of steps to find out which direction
+        stands for which word.
+        """
+        concepts = concepts - concepts.mean(0)
+        vectors = torch.linalg.eigh(concepts.double().T @ concepts.double()).eigenvectors
+        directions = vectors.flip(1)[:, :self.config.n_embd].T.float()  # the largest first
+        words = concepts @ directions.T
+        words /= words.norm(dim=-1).mean().clamp(min=1e-6)
+        self.embedding.weight.zero_()[:, :len(directions)] = words
+        self.direct.weight.zero_()[:len(directions)] = directions
+        self.token_weight.copy_(token_weight)
+
+    def words(self, tokens):
+        """What tokens (...) add to `said`: (..., n_embd)."""
+        return self.embedding(tokens) * self.token_weight[tokens][..., None]
+
+    def logits(self, x, concepts, said, keep=None):
+        """(..., V) of states x (..., n_embd) before the last norm, unit-norm concepts (..., concept_dim) and `said`."""
+        rest = self.direct(concepts * self.config.concept_dim ** 0.5) - self.spent * said
+        return self.head(self.norm(x) + (rest if keep is None else rest * keep[..., None]))
 
     def prefixes(self, concepts, keep=None):
         """Unit-norm concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional prefix where not keep."""
@@ -537,7 +593,12 @@ class Decoder(nn.Module):
         rope = rotary(torch.arange(tokens.shape[1], device=x.device), self.head_dim)
         for block in self.blocks:
             x = block(x, rope, mask)
-        logits = self.head(self.norm(x))
+        at = sentence.clamp(min=0)
+        own = concepts.gather(1, at[..., None].expand(-1, -1, concepts.shape[-1]))
+        said = (self.words(tokens) * (place >= self.config.n_prefix)[..., None]).cumsum(1)
+        first = torch.arange(tokens.shape[1], device=x.device) - place  # of each sentence: nothing is said there
+        said = said - said.gather(1, first[..., None].expand_as(said))
+        logits = self.logits(x, own, said, None if keep is None else keep.gather(1, at))
         loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction='none').view_as(target)
         return loss * counted
 
@@ -560,6 +621,7 @@ class Decoder(nn.Module):
         cos, sin = rotary(torch.arange(length, device=device), self.head_dim)
         out = torch.empty(n, 0, dtype=torch.long, device=device)
         done = torch.zeros(n, dtype=torch.bool, device=device)
+        said = torch.zeros(n, config.n_embd, device=device)
         seen, x = 0, inputs
         while out.shape[1] < max_tokens and not done.all():
             if not cache:
@@ -570,7 +632,9 @@ class Decoder(nn.Module):
             h, end = x, seen + T
             for block, (keys, values) in zip(self.blocks, caches):
                 h = block(h, (cos[seen:end], sin[seen:end]), mask, (keys, values, seen))
-            token = sample(self.head(self.norm(h[:, -1])).float(), temperature, top_k, top_p, generator)
+            logits = self.logits(h[:, -1], concepts, said, keep).float()
+            token = sample(logits, temperature, top_k, top_p, generator)
+            said = said + self.words(token)
             out = torch.cat((out, token[:, None]), 1)
             done |= token == config.eos
             seen, x = end, self.embedding(token)[:, None]

@@ -184,10 +184,13 @@ metrics_path = os.path.join(out_dir, 'metrics_decoder.csv')
 encoder_fingerprint = lib.fingerprint(jepa)
 torch.manual_seed(seed)
 try:
-    model = lib.Decoder(lib.DecoderConfig(**architecture))
+    model = lib.Decoder(lib.DecoderConfig(**architecture)).to(device)
 except ValueError as error:
     stop(error)
-model.to(device)
+if init_from == 'scratch':
+    words = [[i] for i in range(architecture['vocab_size'])]
+    words = torch.from_numpy(lib.SentenceEncoder(jepa, None, device).encode_tokens(words, 1024))
+    model.start_from(words.to(device), jepa.token_weight)
 groups = lib.optimizer_groups(model, weight_decay)
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 step, best_loss, metrics_bytes, seen_tokens = 0, math.inf, 0, 0

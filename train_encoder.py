@@ -52,6 +52,7 @@ predictor_layer = 4
 dropout = 0.0
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 context = 'concepts'  # the predictor's input: sentences encoded alone, or 'tokens': each with all before it
+contrast = 0.1  # weight of telling the next sentence from others of its row: the predictor's, with context='concepts'
 # target: moving average of the encoder, whitened
 ema_start = 0.99  # momentum, on a half cosine to ema_end
 ema_end = 0.999
@@ -214,7 +215,7 @@ n_embd = model.config.n_embd
 if weights:
     model.encoder.net.load_state_dict(weights)
     model.target.net.load_state_dict(weights)
-model.whitening.rate, model.whitening.floor = whiten_rate, whiten_floor
+model.whitening.rate, model.whitening.floor, model.contrast = whiten_rate, whiten_floor, contrast
 if not state and pooling == 'sif':
     model.token_weight.copy_(lib.sif_weights(torch.from_numpy(train_data.token_counts())))
 model.to(device)

@@ -1,4 +1,4 @@
-# For data/openstax (config/prepare_openstax.py): over an hour on one CPU core, half of it on two. Wide and shallow.
+# For data/openstax (config/prepare_openstax.py): about an hour on one CPU core. Wide and shallow.
 data_dir = 'data/openstax'
 out_dir = 'out/openstax'
 n_layer = 1
@@ -13,6 +13,6 @@ learning_rate = 1e-3
 embedding_lr_scale = 100.0
 min_lr = 1e-5
 warmup_iters = 100
-max_iters = 3200
+max_iters = 2800
 eval_interval = 400
 compile = False

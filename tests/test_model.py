@@ -208,11 +208,56 @@ def test_one_step_changes_everything_trainable(batch):
     assert all(torch.allclose(a + 0.25, b, atol=1e-6) for a, b in zip(before, net.target.parameters()))
 
 
+def test_contrast_equals_brute_force():
+    torch.manual_seed(5)
+    document = torch.tensor([[0] * 12 + [1, 1, -1, -1], [0, 1, 1, 1] + [2] * 12, [0, 0, 0] + [-1] * 13])
+    p, z = torch.randn(3, 16, 6, requires_grad=True), lib.unit(torch.randn(3, 16, 6))
+    found, counted = lib.contrast(p, z, document, window=3), lib.pairs(document)
+    torch.where(counted, found, 0).sum().backward()
+    assert p.grad.isfinite().all()
+    for b, i in counted.nonzero().tolist():
+        near = [j for j in range(16) if document[b, j] == document[b, i] and i - 3 <= j <= i]
+        others = [j for j in range(16) if document[b, j] >= 0 and j not in near]
+        score = {j: float(lib.unit(p[b, i]) @ z[b, j]) / 0.05 for j in others}
+        expected = np.log(sum(np.exp(s) for s in score.values())) - score[i + 1]
+        assert found[b, i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_contrast_reaches_the_predictor_only(batch):
+    tokens, sentence, document = batch
+    grads = []
+    for weight in (0.0, 1.0):
+        net = jepa().train()
+        net.contrast = weight
+        own, ctx = net.masks(sentence, document)
+        z = net.target_means(tokens, sentence, document.shape[1], own)
+        net(tokens, sentence, document, net.whitening(z), ctx).backward()
+        grads.append([torch.cat([p.grad.flatten() for p in part.parameters()]) for part in (net.encoder, net.predictor)])
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert not torch.allclose(grads[0][1], grads[1][1])
+
+
 def decoder():
     torch.manual_seed(3)
     net = lib.Decoder(lib.DecoderConfig(400, 32, eos=399, n_layer=2, n_head=2, n_embd=32)).eval()
     torch.nn.init.normal_(net.embedding.weight, std=0.5)
+    torch.nn.init.normal_(net.direct.weight, std=0.1)
+    torch.nn.init.uniform_(net.token_weight)
     return net
+
+
+@pytest.mark.parametrize('width', [16, 32, 48])
+def test_a_decoder_starts_with_the_words_of_a_concept(corpus_dir, width):
+    corpus = Corpus(corpus_dir, 'val')
+    encoder = lib.SentenceEncoder(jepa(), None)
+    net = lib.Decoder(lib.DecoderConfig(400, encoder.dim, eos=399, n_layer=1, n_head=1, n_embd=width)).eval()
+    net.start_from(torch.from_numpy(encoder.encode_tokens([[i] for i in range(400)])), encoder.model.token_weight)
+    sentences = [s for i in range(corpus.n_documents) for s in corpus.document(i)][:200]
+    outside = lib.ConceptDecoder(net, None)
+    concepts = encoder.encode_tokens(sentences)
+    given, another = outside.nll(sentences, concepts), outside.nll(sentences, np.roll(concepts, 1, 0))
+    print(f'width {width}: {given.sum():.0f} nats given the concept, {another.sum():.0f} given another')
+    assert (given < another).mean() > 0.7
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
@@ -242,7 +287,10 @@ def test_packed_cross_entropy_equals_single_sentences(corpus_dir):
             with torch.no_grad():
                 for block in net.blocks:
                     x = block(x, rope, torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril())
-                logits = net.head(net.norm(x))[0, 1:]
+                said = torch.stack([sum((net.embedding(i) * net.token_weight[i] for i in ids[:n]), torch.zeros(32))
+                                    for n in range(len(ids) + 1)])
+                rest = net.direct(concepts[b, s] * 32 ** 0.5) - net.spent * said
+                logits = net.head(net.norm(x)[0, 1:] + rest)
             by_hand = torch.nn.functional.cross_entropy(logits, torch.cat((ids, torch.tensor([399]))), reduction='sum')
             assert packed[b][sentence[b] == s].sum().item() == pytest.approx(by_hand.item(), rel=1e-4)
             alone = outside.nll([ids.numpy()], concepts[b, s][None].numpy())[0]
