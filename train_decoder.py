@@ -131,7 +131,7 @@ if gradient_accumulation_steps % world_size:
     stop(f'{world_size} ranks cannot share --gradient_accumulation_steps={gradient_accumulation_steps} evenly')
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 torch.set_float32_matmul_precision('high')  # on CUDA, products that are fp32 by their docstring run as TF32
-flex = device_type == 'cuda' and compile  # FlexAttention has no backward on CPU
+path = lib.attention_path(device_type, compile)
 max_sentences = max_sentences or block_size // 8
 lr_decay_iters, min_lr = lr_decay_iters or max_iters, min_lr or learning_rate / 10
 
@@ -248,10 +248,10 @@ def inputs(tokens, sentence, document):
     """The decoder's mask and the concepts (B, S, concept_dim) of a batch."""
     # the encoder does not see the decoder's free positions
     words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
-    own = jepa.masks(words, document, flex and not jepa.config.hf)[0]
+    own = jepa.masks(words, document, 'mask' if jepa.config.hf else path)[0]
     with autocast:
         z = target_means(tokens, words, document.shape[1], own)
-    return lib.build_mask(lib.causal_view(sentence), tokens.shape, device, flex), jepa.whitening(z)
+    return model.mask(sentence, path), jepa.whitening(z)
 
 
 @torch.no_grad()

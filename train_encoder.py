@@ -52,7 +52,7 @@ predictor_layer = 4
 dropout = 0.0
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 context = 'concepts'  # the predictor's input: sentences encoded alone, or 'tokens': each with all before it
-contrast = 0.1  # weight of telling the next sentence from others of its row: the predictor's, with context='concepts'
+contrast = 0.0  # weight of telling the next sentence from others of its row: the predictor's, with context='concepts'
 # target: moving average of the encoder, whitened
 ema_start = 0.99  # momentum, on a half cosine to ema_end
 ema_end = 0.999
@@ -235,8 +235,7 @@ if state:
     metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
 del state, weights  # memory for the run
 
-# FlexAttention has no backward on CPU; transformers' models take the mask as a tensor
-flex = device_type == 'cuda' and compile and not model.config.hf
+path = lib.attention_path(device_type, compile, bool(model.config.hf))
 compiled = torch.compile(model) if compile else model
 target_means = torch.compile(model.target_means) if compile else model.target_means
 predict = torch.compile(model.predict) if compile else model.predict
@@ -245,7 +244,7 @@ parallel = DistributedDataParallel(compiled, broadcast_buffers=False) if ddp els
 
 def masks(sentence, document):
     """(target's mask, context's mask)."""
-    return model.masks(sentence, document, flex)
+    return model.masks(sentence, document, path)
 
 
 def whiten(zs, documents):

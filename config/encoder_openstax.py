@@ -13,6 +13,6 @@ learning_rate = 1e-3
 embedding_lr_scale = 100.0
 min_lr = 1e-5
 warmup_iters = 100
-max_iters = 2800
+max_iters = 3200
 eval_interval = 400
 compile = False

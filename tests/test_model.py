@@ -208,6 +208,31 @@ def test_one_step_changes_everything_trainable(batch):
     assert all(torch.allclose(a + 0.25, b, atol=1e-6) for a, b in zip(before, net.target.parameters()))
 
 
+@pytest.mark.parametrize('causal', [False, True])
+def test_spans_equal_a_mask(batch, causal):
+    """Forward and backward, in each block and through two of them; padding gets zeros and gives no gradient."""
+    _, sentence, document = batch
+    sentence = sentence.clone()
+    sentence[0, 60:] = -1  # a sentence cut short, and padding
+    sentence[1, :100] = 0  # one that is long: its width is the row's, no power of two
+    sentence = sentence[:, :100]
+    mod = lib.causal_view(sentence) if causal else lib.sentence_view(sentence, document)
+    mask = lib.build_mask(mod, sentence.shape, 'cpu')
+    torch.manual_seed(0)
+    block = lib.Block(32, 2, 0.0, 2)
+    rope = lib.rotary(torch.arange(sentence.shape[1]), 16)
+    real = (sentence >= 0)[..., None]
+    x, weight = torch.randn(*sentence.shape, 32), torch.randn(*sentence.shape, 32) * real
+    found = []
+    for m in (mask, lib.Spans(sentence, causal)):
+        given = x.clone().requires_grad_()
+        out = block(block(given, rope, m), rope, m)
+        found.append((out * real, *torch.autograd.grad((out * weight).sum(), [given, *block.parameters()])))
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+    assert (found[1][1] * ~real).abs().sum() == 0
+
+
 def test_contrast_equals_brute_force():
     torch.manual_seed(5)
     document = torch.tensor([[0] * 12 + [1, 1, -1, -1], [0, 1, 1, 1] + [2] * 12, [0, 0, 0] + [-1] * 13])
@@ -274,7 +299,7 @@ def test_packed_cross_entropy_equals_single_sentences(corpus_dir):
     rows = corpus.batch(0, 2, 128, 8, prefix=2)
     tokens, sentence, document = (torch.from_numpy(rows[k]) for k in ('tokens', 'sentence', 'document'))
     concepts = lib.unit(torch.randn(2, 8, 32))
-    mask = lib.build_mask(lib.causal_view(sentence), tokens.shape, 'cpu')
+    mask = net.mask(sentence)
     with torch.no_grad():
         packed = net(tokens, sentence, concepts, mask)
     outside = lib.ConceptDecoder(net, corpus.tokenizer)
