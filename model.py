@@ -843,18 +843,24 @@ class SentenceEncoder:
         out = np.empty((len(sequences), self.dim), dtype=np.float32)
         hide = len(sequences) < 10_000 or None if show_progress_bar is None else not show_progress_bar
         bar = tqdm(total=len(sequences), desc='encode', unit='sentence', disable=hide, leave=False)
-        for index, ids, lengths in rows_by_length([s[:self.max_tokens] for s in sequences], batch_size):
-            tokens = torch.from_numpy(ids).to(self.device)
-            inside = np.arange(ids.shape[1]) < lengths[:, None]
-            sentence = torch.from_numpy(inside).to(self.device).long() - 1  # 0 in the sentence, -1 in padding
-            document = sentence.new_zeros(len(ids), 1)
-            with self.autocast:
-                own = build_mask(sentence_view(sentence, document), tokens.shape, self.device)
-                z = self.model.target_means(tokens, sentence, 1, own)[:, 0]
-            out[index] = self.model.whitening(z).cpu().numpy()
+        for index, tokens, inside in self.batches(sequences, batch_size):
+            out[index] = self.concepts(tokens, inside).cpu().numpy()
             bar.update(len(index))
         bar.close()
         return out
+
+    def batches(self, sequences, batch_size=64):
+        """Yields (indices (n,), token ids (n, T), inside (n, T): False in padding) of sequences of similar length."""
+        for index, ids, lengths in rows_by_length([s[:self.max_tokens] for s in sequences], batch_size):
+            inside = np.arange(ids.shape[1]) < lengths[:, None]
+            yield index, torch.from_numpy(ids).to(self.device), torch.from_numpy(inside).to(self.device)
+
+    def concepts(self, tokens, inside):
+        """Concepts (n, d), fp32, unit norm, of one sentence a row: token ids (n, T), inside (n, T)."""
+        sentence = inside.long() - 1  # 0 in the sentence, -1 in padding
+        with self.autocast:
+            own = build_mask(sentence_view(sentence, None), tokens.shape, self.device)
+            return self.model.whitening(self.model.target_means(tokens, sentence, 1, own)[:, 0])
 
     def predict(self, sentences) -> np.ndarray:
         """The concept expected after `sentences` (a list of str, oldest first): float32 (d,), unit norm.
