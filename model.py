@@ -497,10 +497,10 @@ def moments(zs, valid, reduce=lambda x: x):
 
     `reduce` sums a tensor over all ranks. With no vector at all: zeros.
     """
-    z = torch.cat([z[v] for z, v in zip(zs, valid)])  # (n, D)
-    n = reduce(torch.tensor(float(len(z)), device=z.device)).clamp(min=1)
-    mean = reduce(z.sum(0)) / n
-    centred = (z - mean).double()  # neither autocast nor TF32: small eigenvalues are divided by
+    z, valid = torch.cat([z.flatten(0, 1) for z in zs]), torch.cat([v.flatten() for v in valid])[:, None]
+    n = reduce(valid.sum().float()).clamp(min=1)  # selecting rows would make the GPU wait for their number
+    mean = reduce((z * valid).sum(0)) / n
+    centred = ((z - mean) * valid).double()  # neither autocast nor TF32: small eigenvalues are divided by
     return mean, reduce(centred.T @ centred).float() / n, n
 
 
@@ -599,6 +599,67 @@ def place_in_sentence(sentence):
     return place - torch.where(first, place, 0).cummax(1).values
 
 
+class RunningSum(torch.autograd.Function):
+    """Sum of x (B, T, D) over each run from its first position on; first, last (B, T): of each position's run.
+
+    The gradient is a gather too: what autograd would do adds in no fixed order on CUDA, and a resumed run would differ.
+    """
+
+    @staticmethod
+    def forward(ctx, x, first, last):
+        ctx.save_for_backward(last)
+        return RunningSum.sum(x, first)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        last, = ctx.saved_tensors
+        return RunningSum.sum(gradient.flip(1), last.shape[1] - 1 - last.flip(1)).flip(1), None, None
+
+    @staticmethod
+    def sum(x, first):
+        index = first[..., None].expand_as(x)
+        total = x.cumsum(1)
+        return total - total.gather(1, index) + x.gather(1, index)
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Sum of counted (N,) times the cross-entropy in nats of target (N,) given states x (N, D) and a head (V, D).
+
+    A chunk of positions at a time, and with `learn` the gradient made on the way: all logits at once, in fp32, are most
+    of the memory of a small model with a large vocabulary, and on a CPU moving them costs as much as making them.
+    """
+
+    CHUNK = 1024
+
+    @staticmethod
+    def forward(ctx, x, head, target, counted, learn):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        gx, gh = (torch.zeros_like(x), torch.zeros_like(head)) if learn else (None, None)
+        total = torch.zeros((), device=x.device)
+        with torch.autocast(kind, enabled=False):
+            low = head.to(dtype)
+            for start in range(0, len(x), HeadCrossEntropy.CHUNK):
+                at = slice(start, start + HeadCrossEntropy.CHUNK)
+                states, goal, weight = x[at].to(dtype), target[at, None], counted[at].float()
+                logits = (states @ low.T).float()
+                whole = logits.logsumexp(-1, keepdim=True)
+                total += ((whole - logits.gather(1, goal))[:, 0] * weight).sum()
+                if learn:  # (softmax - one-hot) times weight
+                    logits.sub_(whole).exp_().mul_(weight[:, None])
+                    logits.scatter_add_(1, goal, -weight[:, None])  # one a row: in any order the same
+                    low_gradient = logits.to(dtype)
+                    gx[at] = low_gradient @ low
+                    gh += low_gradient.T @ states
+        ctx.save_for_backward(gx, gh)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gx, gh = ctx.saved_tensors
+        return gx * gradient, gh * gradient, None, None, None
+
+
 class Decoder(nn.Module):
     """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row.
 
@@ -646,10 +707,10 @@ class Decoder(nn.Module):
         """What tokens (...) add to `said`: (..., n_embd)."""
         return self.embedding(tokens) * self.token_weight[tokens][..., None]
 
-    def logits(self, x, concepts, said, keep=None):
-        """(..., V) of states x (..., n_embd) before the last norm, unit-norm concepts (..., concept_dim) and `said`."""
+    def last(self, x, concepts, said, keep=None):
+        """What the head reads, of states x (..., n_embd) before the last norm, unit-norm concepts and `said`."""
         rest = self.direct(concepts * self.config.concept_dim ** 0.5) - self.spent * said
-        return self.head(self.norm(x) + (rest if keep is None else rest * keep[..., None]))
+        return self.norm(x) + (rest if keep is None else rest * keep[..., None])
 
     def prefixes(self, concepts, keep=None):
         """Unit-norm concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional prefix where not keep."""
@@ -677,10 +738,22 @@ class Decoder(nn.Module):
         return place, target, (sentence >= 0) & (place >= self.config.n_prefix - 1)
 
     def forward(self, tokens, sentence, concepts, mask, keep=None):
-        """Cross-entropy in nats of every position (B, T), 0 where none is counted.
+        """Cross-entropy in nats, summed over the positions that count: the loss.
 
         tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix); concepts (B, S, concept_dim); keep (B, S) or None.
         """
+        x, target, counted = self.states(tokens, sentence, concepts, mask, keep)
+        return HeadCrossEntropy.apply(x.flatten(0, 1), self.head.weight, target.flatten(), counted.flatten(),
+                                      torch.is_grad_enabled())
+
+    def losses(self, tokens, sentence, concepts, mask, keep=None):
+        """As forward, of each position (B, T), 0 where none is counted."""
+        x, target, counted = self.states(tokens, sentence, concepts, mask, keep)
+        loss = F.cross_entropy(self.head(x).flatten(0, 1).float(), target.flatten(), reduction='none')
+        return loss.view_as(target) * counted
+
+    def states(self, tokens, sentence, concepts, mask, keep=None):
+        """What the head reads (B, T, n_embd), targets and which of them count (B, T); arguments as in forward."""
         place, target, counted = self.layout(tokens, sentence)
         prefix = self.prefixes(concepts, keep).flatten(1, 2)  # (B, S * P, n_embd)
         at = sentence.clamp(min=0) * self.config.n_prefix + place.clamp(max=self.config.n_prefix - 1)
@@ -691,12 +764,11 @@ class Decoder(nn.Module):
             x = block(x, rope, mask)
         at = sentence.clamp(min=0)
         own = concepts.gather(1, at[..., None].expand(-1, -1, concepts.shape[-1]))
-        said = (self.words(tokens) * (place >= self.config.n_prefix)[..., None]).cumsum(1)
-        first = torch.arange(tokens.shape[1], device=x.device) - place  # of each sentence: nothing is said there
-        said = said - said.gather(1, first[..., None].expand_as(said))
-        logits = self.logits(x, own, said, None if keep is None else keep.gather(1, at))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction='none').view_as(target)
-        return loss * counted
+        position = torch.arange(tokens.shape[1], device=x.device)
+        last = position + place_in_sentence(sentence.flip(1)).flip(1)
+        words = self.words(tokens) * (place >= self.config.n_prefix)[..., None]
+        said = RunningSum.apply(words, position - place, last)
+        return self.last(x, own, said, None if keep is None else keep.gather(1, at)), target, counted
 
     def flops(self, n_positions, n_seen):
         """Floating-point operations of a training step on so many positions, prefixes included and padding not; n_seen:
@@ -734,7 +806,7 @@ class Decoder(nn.Module):
             h, end = x, seen + T
             for block, (keys, values) in zip(self.blocks, caches):
                 h = block(h, (cos[seen:end], sin[seen:end]), mask, (keys, values, seen))
-            logits = self.logits(h[:, -1], concepts, said, keep).float()
+            logits = self.head(self.last(h[:, -1], concepts, said, keep)).float()
             token = sample(logits, temperature, top_k, top_p, generator)
             said = said + self.words(token)
             out = torch.cat((out, token[:, None]), 1)
@@ -957,7 +1029,7 @@ class ConceptDecoder:
             keep = torch.full((len(index), 1), conditional, device=self.device)
             mask = self.model.mask(sentence)
             with self.autocast:
-                loss = self.model(tokens, sentence, given, mask, keep)
+                loss = self.model.losses(tokens, sentence, given, mask, keep)
             out[index] = loss.double().sum(1).cpu().numpy()
         return out
 

@@ -120,7 +120,7 @@ if ddp:
     if device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
 master = rank == 0
 if dtype == 'auto':
     fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_avx512_bf16_supported()
@@ -267,7 +267,7 @@ def evaluate():
         others[keep] = concepts[keep].roll(1, 0)
         with autocast:
             for j, (c, k) in enumerate(((concepts, keep), (others, keep), (concepts, keep & False))):
-                sums[j] += compiled(tokens, sentence, c, mask, k).double().sum()
+                sums[j] += compiled(tokens, sentence, c, mask, k).double()
         sums[3] += (sentence >= 0).sum() - (n_prefix - 1) * keep.sum()
     model.train()
     sums = all_sum(sums)
@@ -353,7 +353,8 @@ def run():
                 save(os.path.basename(checkpoint_path))
             break
 
-        batches = [to_device(b) for b in upcoming.result()]
+        arrays = upcoming.result()
+        batches = [to_device(b) for b in arrays]
         upcoming = loader.submit(micro_batches, step + 1)
         torch.manual_seed(hash((seed, step, rank)))  # noise and dropout: no generator state to save
         for group in optimizer.param_groups:
@@ -361,10 +362,9 @@ def run():
             if group['decays']:
                 group['weight_decay'] = lib.momentum_at(step, max_iters, weight_decay, weight_decay_end)
 
-        places = sum((s >= 0).sum() - (n_prefix - 1) * (d >= 0).sum() for _, s, d in batches)
-        counts = all_sum(torch.tensor([places, float(bool(interrupted))], dtype=torch.float64,
-                                      device=device))
-        n_places = counts[0].clamp(min=1).float()
+        # counted on the CPU: the GPU is not waited for
+        places = sum((b['sentence'] >= 0).sum() - (n_prefix - 1) * (b['document'] >= 0).sum() for b in arrays)
+        seen, stopping = all_sum(torch.tensor([places, int(bool(interrupted))])).tolist()
         loss = torch.zeros((), device=device)
         for i, (tokens, sentence, document) in enumerate(batches):
             mask, concepts = inputs(tokens, sentence, document)
@@ -373,15 +373,14 @@ def run():
             sync = nullcontext() if not ddp or i == len(batches) - 1 else parallel.no_sync()
             with sync:
                 with autocast:
-                    part = parallel(tokens, sentence, lib.unit(concepts + noise), mask, keep).sum() / n_places
-                (part * world_size).backward()  # DDP averages over ranks, and n_places counts all of them
+                    part = parallel(tokens, sentence, lib.unit(concepts + noise), mask, keep) / max(seen, 1)
+                (part * world_size).backward()  # DDP averages over ranks, and seen counts all of them
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        seen, stopping = int(counts[0]), counts[1] > 0
         seen_tokens, tokens_since = seen_tokens + seen, tokens_since + seen
         bar.update(1)
         if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:

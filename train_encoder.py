@@ -127,7 +127,7 @@ if ddp:
     if device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
 master = rank == 0
 if dtype == 'auto':
     fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_avx512_bf16_supported()
@@ -434,7 +434,8 @@ def run():
                 save(os.path.basename(checkpoint_path))
             break
 
-        batches = [to_device(b) for b in upcoming.result()]
+        arrays = upcoming.result()
+        batches = [to_device(b) for b in arrays]
         upcoming = loader.submit(micro_batches, step + 1)
         if dropout:
             torch.manual_seed(hash((seed, step, rank)))  # no generator state to save
@@ -450,10 +451,10 @@ def run():
         mean, _ = whiten(zs, [d for _, _, d in batches])
         if step % whiten_interval == 0:
             model.whitening.refresh()
-        counts = all_sum(torch.tensor([sum(lib.pairs(d).sum() for _, _, d in batches),
-                                       sum((s >= 0).sum() for _, s, _ in batches), float(bool(interrupted))],
-                                      dtype=torch.float64, device=device))
-        n_pairs = counts[0].clamp(min=1).float()
+        # counted on the CPU: the GPU is not waited for
+        counts = [[int(lib.pairs(torch.from_numpy(b['document'])).sum()), (b['sentence'] >= 0).sum()] for b in arrays]
+        n_pairs, seen, stopping = all_sum(torch.tensor([*map(sum, zip(*counts)), int(bool(interrupted))])).tolist()
+        n_pairs = max(n_pairs, 1)
 
         loss = torch.zeros((), device=device)
         for i, ((tokens, sentence, document), z, (_, context_mask)) in enumerate(zip(batches, zs, views)):
@@ -470,9 +471,8 @@ def run():
         model.update_target(ema)
         step += 1
 
-        seen, stopping = int(counts[1]), counts[2] > 0
         seen_tokens += seen
-        tokens_since, pairs_since = tokens_since + seen, pairs_since + int(counts[0])
+        tokens_since, pairs_since = tokens_since + seen, pairs_since + n_pairs
         bar.update(1)
         if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
             total = all_sum(torch.stack([loss, norm])).tolist()

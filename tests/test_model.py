@@ -301,7 +301,8 @@ def test_packed_cross_entropy_equals_single_sentences(corpus_dir):
     concepts = lib.unit(torch.randn(2, 8, 32))
     mask = net.mask(sentence)
     with torch.no_grad():
-        packed = net(tokens, sentence, concepts, mask)
+        packed = net.losses(tokens, sentence, concepts, mask)
+        assert net(tokens, sentence, concepts, mask).item() == pytest.approx(packed.sum().item(), rel=1e-5)
     outside = lib.ConceptDecoder(net, corpus.tokenizer)
     for b in range(2):
         for s in range(int((document[b] >= 0).sum())):
@@ -320,6 +321,38 @@ def test_packed_cross_entropy_equals_single_sentences(corpus_dir):
             assert packed[b][sentence[b] == s].sum().item() == pytest.approx(by_hand.item(), rel=1e-4)
             alone = outside.nll([ids.numpy()], concepts[b, s][None].numpy())[0]
             assert alone == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_chunked_cross_entropy_equals_all_at_once(monkeypatch, compiled):
+    monkeypatch.setattr(lib.HeadCrossEntropy, 'CHUNK', 7)
+    torch.manual_seed(0)
+    x, head = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    target, counted = torch.randint(0, 50, (30,)), torch.rand(30) < 0.7
+    expected = (torch.nn.functional.cross_entropy(x @ head.T, target, reduction='none') * counted).sum() / 3
+
+    def loss(x, head):
+        return lib.HeadCrossEntropy.apply(x, head, target, counted, torch.is_grad_enabled()) / 3
+    found = (torch.compile(loss) if compiled else loss)(x, head)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(found, (x, head)), torch.autograd.grad(expected, (x, head))):
+        assert torch.allclose(a, b, atol=1e-5)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert loss(x, head).item() == pytest.approx(expected.item(), rel=2e-2)
+
+
+def test_running_sum_equals_a_loop():
+    torch.manual_seed(0)
+    group = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1], [0, 1, 1, 1, 1, 1, 2, 3]])
+    x, weight = torch.randn(2, 8, 3, requires_grad=True), torch.randn(2, 8, 3)
+    place = lib.place_in_sentence(group)
+    first = torch.arange(8) - place
+    last = torch.tensor([[2, 2, 2, 3, 5, 5, 7, 7], [0, 5, 5, 5, 5, 5, 6, 7]])
+    expected = torch.stack([torch.stack([x[b, first[b, t]:t + 1].sum(0) for t in range(8)]) for b in range(2)])
+    found = lib.RunningSum.apply(x, first, last)
+    assert torch.allclose(found, expected, atol=1e-5)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), x), torch.autograd.grad((expected * weight).sum(), x)):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize('context', ['concepts', 'tokens'])
