@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import zlib
+from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -83,12 +84,12 @@ def split_sentences(text: str) -> list[str]:
     for paragraph in text.splitlines():
         if not paragraph or paragraph.isspace():
             continue
-        parts = sentencex.segment('en', paragraph)
-        # of white space only ' ' counts as printable: most paragraphs need no folding, and to look is cheaper
-        if paragraph.isprintable() and '  ' not in paragraph:
-            sentences += [part.strip() for part in parts]
-        else:
-            sentences += [' '.join(part.split()) for part in parts]
+        # most paragraphs need no folding, and to look is cheaper: of white space only ' ' counts as printable, and of
+        # ASCII's only these two stay inside a line
+        odd = '\t' in paragraph or '\x1f' in paragraph if paragraph.isascii() else not paragraph.isprintable()
+        if odd or '  ' in paragraph:
+            paragraph = ' '.join(paragraph.split())  # before sentencex sees it: U+00A0 can make it panic
+        sentences += [part.strip() for part in sentencex.segment('en', paragraph)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -225,7 +226,8 @@ def load_tokenizer(spec: dict, data_dir: str | None = None) -> Tokenizer:
 
     def encode(texts):
         if lines and len(texts) > 1:
-            ids = np.array(lines.encode_ordinary('\n'.join(texts)), np.int64)
+            # array takes in a list twice as fast as numpy does
+            ids = np.frombuffer(array('I', lines.encode_ordinary('\n'.join(texts))), np.uint32).astype(np.int64)
             at_break = ids == newline
             breaks = np.flatnonzero(at_break)
             if len(breaks) == len(texts) - 1:  # no text had a break of its own
