@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from tqdm import tqdm
 
 FORMAT = 3  # of checkpoints
+HEAD_CHUNK = 1024  # positions whose logits are held at once in training
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -629,29 +630,26 @@ class HeadCrossEntropy(torch.autograd.Function):
     of the memory of a small model with a large vocabulary, and on a CPU moving them costs as much as making them.
     """
 
-    CHUNK = 1024
-
     @staticmethod
     def forward(ctx, x, head, target, counted, learn):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        gx, gh = (torch.zeros_like(x), torch.zeros_like(head)) if learn else (None, None)
-        total = torch.zeros((), device=x.device)
+        total, gx, gh = torch.zeros((), device=x.device), [], torch.zeros_like(head)
         with torch.autocast(kind, enabled=False):
             low = head.to(dtype)
-            for start in range(0, len(x), HeadCrossEntropy.CHUNK):
-                at = slice(start, start + HeadCrossEntropy.CHUNK)
-                states, goal, weight = x[at].to(dtype), target[at, None], counted[at].float()
+            for states, goal, weight in zip(x.to(dtype).split(HEAD_CHUNK), target[:, None].split(HEAD_CHUNK),
+                                            counted[:, None].float().split(HEAD_CHUNK)):
                 logits = (states @ low.T).float()
                 whole = logits.logsumexp(-1, keepdim=True)
-                total += ((whole - logits.gather(1, goal))[:, 0] * weight).sum()
+                total += ((whole - logits.gather(1, goal)) * weight).sum()
                 if learn:  # (softmax - one-hot) times weight
-                    logits.sub_(whole).exp_().mul_(weight[:, None])
-                    logits.scatter_add_(1, goal, -weight[:, None])  # one a row: in any order the same
+                    logits.sub_(whole).exp_().mul_(weight)
+                    logits.scatter_add_(1, goal, -weight)  # one a row: in any order the same
                     low_gradient = logits.to(dtype)
-                    gx[at] = low_gradient @ low
+                    gx.append((low_gradient @ low).to(x.dtype))
                     gh += low_gradient.T @ states
-        ctx.save_for_backward(gx, gh)
+        if learn:
+            ctx.save_for_backward(torch.cat(gx), gh)
         return total
 
     @staticmethod

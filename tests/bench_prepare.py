@@ -1,4 +1,5 @@
-"""prepare.py end to end against tiktoken alone, on the same number of processes; and its memory as the corpus grows.
+"""prepare.py end to end against tiktoken alone, on the same number of processes; its parts; and its memory as the corpus
+grows.
 
     python tests/bench_prepare.py --text=<.jsonl or .jsonl.gz> --repeats=5
 
@@ -17,6 +18,8 @@ import tempfile
 import threading
 import time
 
+import numpy as np
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
@@ -28,8 +31,6 @@ _encode = None
 def start(spec, folder):
     global _encode
     _encode = prepare.load_tokenizer(spec, folder)._decode.__self__.encode_ordinary  # tiktoken's own, nothing of ours
-
-
 
 
 def tokenize(texts):
@@ -47,6 +48,35 @@ def tiktoken_alone(texts, folder, n):
         for _ in pool.imap_unordered(tokenize, chunks):
             pass
         return time.perf_counter() - began
+
+
+def parts(texts, spec, folder, repeats):
+    """MB/s of the parts of prepare.py on one process: {name: median}, in turn."""
+    encode = prepare.load_tokenizer(spec, folder).encode
+    start(spec, folder)
+    prepare._encode = encode
+    chunks = list(prepare.chunks(texts[:640]))
+    size = sum(len(t.encode()) for c in chunks for t in c) / 1e6
+    sentences = [[s for t in c for s in prepare.split_sentences(t)] for c in chunks]
+    done = [prepare.work(c, 128, 0.0, np.uint16) for c in chunks]
+
+    def write():
+        writer = prepare.Writer(folder, 'bench', 0, 1)
+        for split, _, _ in done:
+            writer.add(*split['train'])
+        writer.close()
+    stages = {'tiktoken alone': lambda: [tokenize(c) for c in chunks],
+              'split_sentences': lambda: [prepare.split_sentences(t) for c in chunks for t in c],
+              'tokenize sentences': lambda: [encode(s) for s in sentences],
+              'write and checksum': write,
+              'all that a worker does': lambda: [prepare.work(c, 128, 0.0, np.uint16) for c in chunks]}
+    seconds = {name: [] for name in stages}
+    for _ in range(repeats):
+        for name, stage in stages.items():
+            began = time.perf_counter()
+            stage()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: size / statistics.median(s) for name, s in seconds.items()}
 
 
 def memory(pid):
@@ -111,6 +141,9 @@ def main():
                 (f'peak memory, {size:.0f} MB of text, MB', f'{small:.0f}'),
                 (f'peak memory, {size * arguments.times:.0f} MB of text, MB', f'{peak:.0f}'),
                 ('processes', arguments.num_proc), ('tokenizer', arguments.tokenizer)]
+        spec = json.load(open(f'{folder}/first/meta.json'))['tokenizer']
+        rows += [(f'one process: {name}, MB/s', f'{speed:.1f}')
+                 for name, speed in parts(texts, spec, f'{folder}/first', arguments.repeats).items()]
     for name, value in rows:
         print(f'{name:50} {value}')
     os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)

@@ -325,7 +325,7 @@ def test_packed_cross_entropy_equals_single_sentences(corpus_dir):
 
 @pytest.mark.parametrize('compiled', [False, True])
 def test_chunked_cross_entropy_equals_all_at_once(monkeypatch, compiled):
-    monkeypatch.setattr(lib.HeadCrossEntropy, 'CHUNK', 7)
+    monkeypatch.setattr(lib, 'HEAD_CHUNK', 7)
     torch.manual_seed(0)
     x, head = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     target, counted = torch.randint(0, 50, (30,)), torch.rand(30) < 0.7
@@ -339,6 +339,31 @@ def test_chunked_cross_entropy_equals_all_at_once(monkeypatch, compiled):
         assert torch.allclose(a, b, atol=1e-5)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         assert loss(x, head).item() == pytest.approx(expected.item(), rel=2e-2)
+
+
+def test_a_run_is_compiled_once(corpus_dir):
+    """Neither other batches, nor evaluation between them, nor a missing concept make torch.compile begin again."""
+    corpus, graphs = Corpus(corpus_dir, 'train'), []
+    net, writer = jepa().train(), decoder().train()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    forward, means, write = (torch.compile(f, backend='eager') for f in (net, net.target_means, writer))
+    for i in range(6):
+        rows = corpus.batch(i, 2, 128, 16, prefix=2)
+        tokens, sentence, document = (torch.from_numpy(rows[k]) for k in ('tokens', 'sentence', 'document'))
+        own, context = net.masks(sentence, document)
+        z = means(tokens, sentence, 16, own)
+        forward(tokens, sentence, document, net.whitening(z), context).backward()
+        concepts, keep = lib.unit(torch.randn(2, 16, 32)), torch.rand(2, 16) > 0.5
+        write(tokens, sentence, concepts, writer.mask(sentence), keep).backward()
+        if i % 2:
+            with torch.no_grad():
+                write(tokens, sentence, concepts, writer.mask(sentence), keep)
+        graphs.append(counters['stats']['unique_graphs'])
+    assert graphs[0] >= 3
+    assert graphs[1] == graphs[-1]  # the first evaluation, without gradients, is a graph of its own
+    assert not counters['graph_break']
 
 
 def test_running_sum_equals_a_loop():
