@@ -232,7 +232,7 @@ def random_encoder(encoder, sentences, seed):
             own = jepa.masks(sentence, sentence[:, :1])[0]
             means.append(jepa.target_means(tokens, sentence, 1, own))
         z = torch.cat(means)
-        mean, cov, _ = lib.moments([z], [torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)])
+        mean, cov, _ = lib.moments(z[:, 0])
         jepa.whitening.update(mean, cov)
         jepa.whitening.refresh()
     return out

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
@@ -58,11 +59,11 @@ def build_mask(mod, shape, device, path='mask'):
 
 
 class Spans:
-    """In a mask's place: each position attends within its run of equal `group` (B, T), to all or to what came before.
+    """In a mask's place: each position attends within its run of equal `group` (B, T), to all or causally.
 
     A row has some twenty sentences, so a mask over it is nearly all False, and a CPU computes all of it. Here runs of
     like length are padded to the same power of two and attend in a batch of their own: 2.7 times as fast, forward and
-    backward, in rows of 512. Positions with group < 0 get zeros.
+    backward, in rows of 512. Positions with group < 0 get zeros; some must have another.
     """
 
     def __init__(self, group, causal=False):
@@ -429,7 +430,7 @@ class JEPA(nn.Module):
         self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.whitening = Whitening(config.n_embd)
-        self.contrast = 0.0  # weight of `contrast` in the loss
+        self.contrast_weight = 0.0
         self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a sentence's mean: see sif_weights
 
     def train(self, mode=True):
@@ -460,21 +461,21 @@ class JEPA(nn.Module):
         return self.predictor(concepts * concepts.shape[-1] ** 0.5, document).float()
 
     def forward(self, tokens, sentence, document, concepts, mask):
-        """Sum over pairs of 1 - cos(p[i], concept[i + 1]); concepts (B, S, D) are the batch's whitened targets.
+        """The loss: 1 - cos(p[i], concept[i + 1]) summed over pairs; concepts (B, S, D) are the whitened targets.
 
         With context='concepts' the predictor learns from two inputs, half the loss each: the online encoder's states,
         through which the encoder learns, and the targets' own concepts, which it reads after training. The online
         encoder runs ahead of its average: a predictor that had seen only its states retrieved less. From the second
-        input, so that only the predictor feels it, it also learns to tell the next sentence from others: the cosine
-        alone is content with the topic.
+        input, so that only the predictor feels it, it can also learn to tell the next sentence from others: contrast,
+        times contrast_weight, is then part of the loss.
         """
         p = self.predict(tokens, sentence, document, mask)
         loss = 1 - F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)
         if self.config.context == 'concepts':
             p = self.predict_concepts(concepts, document)
             loss = (loss + 1 - F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)) / 2
-            if self.contrast:
-                loss = loss + self.contrast * torch.where(pairs(document), contrast(p, concepts, document), 0)
+            if self.contrast_weight:
+                loss = loss + self.contrast_weight * contrast(p, concepts, document)
         return (loss * pairs(document)).sum()
 
     def flops(self, n_tokens, n_sentences, n_seen):
@@ -493,15 +494,14 @@ class JEPA(nn.Module):
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
 
 
-def moments(zs, valid, reduce=lambda x: x):
-    """Mean (D,), covariance (D, D) and number of the vectors of `zs` (each (B, S, D)) where `valid` (each (B, S)).
+def moments(z, reduce=lambda x: x):
+    """Mean (D,), covariance (D, D) and number of the rows of z (n, D); `reduce` sums a tensor over all ranks.
 
-    `reduce` sums a tensor over all ranks. With no vector at all: zeros.
+    With no row at all: zeros, and 1.
     """
-    z, valid = torch.cat([z.flatten(0, 1) for z in zs]), torch.cat([v.flatten() for v in valid])[:, None]
-    n = reduce(valid.sum().float()).clamp(min=1)  # selecting rows would make the GPU wait for their number
-    mean = reduce((z * valid).sum(0)) / n
-    centred = ((z - mean) * valid).double()  # neither autocast nor TF32: small eigenvalues are divided by
+    n = max(reduce(torch.tensor(len(z))).item(), 1)
+    mean = reduce(z.sum(0)) / n
+    centred = (z - mean).double()  # neither autocast nor TF32: small eigenvalues are divided by
     return mean, reduce(centred.T @ centred).float() / n, n
 
 
@@ -624,7 +624,7 @@ class RunningSum(torch.autograd.Function):
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Sum of counted (N,) times the cross-entropy in nats of target (N,) given states x (N, D) and a head (V, D).
+    """Sum of counted (N,) times the cross-entropy in nats of target (N,) given what the head (V, D) reads, x (N, D).
 
     A chunk of positions at a time, and with `learn` the gradient made on the way: all logits at once, in fp32, are most
     of the memory of a small model with a large vocabulary, and on a CPU moving them costs as much as making them.
@@ -653,6 +653,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         gx, gh = ctx.saved_tensors
         return gx * gradient, gh * gradient, None, None, None
@@ -661,8 +662,8 @@ class HeadCrossEntropy(torch.autograd.Function):
 class Decoder(nn.Module):
     """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row.
 
-    logits = E (norm(x) + P concept - spent * said), with E the table of token embeddings, tied, and `said` the sum of
-    the embeddings of the tokens so far, each times its weight in a sentence's mean.
+    logits = E (norm(x) + sqrt(concept_dim) P concept - spent * said), with E the table of token embeddings, tied, and
+    `said` the sum of the embeddings of the tokens so far, each times its weight in a sentence's mean.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -705,8 +706,8 @@ class Decoder(nn.Module):
         """What tokens (...) add to `said`: (..., n_embd)."""
         return self.embedding(tokens) * self.token_weight[tokens][..., None]
 
-    def last(self, x, concepts, said, keep=None):
-        """What the head reads, of states x (..., n_embd) before the last norm, unit-norm concepts and `said`."""
+    def head_input(self, x, concepts, said, keep=None):
+        """What the head reads (..., n_embd): of x, what leaves the last block, unit-norm concepts and `said`."""
         rest = self.direct(concepts * self.config.concept_dim ** 0.5) - self.spent * said
         return self.norm(x) + (rest if keep is None else rest * keep[..., None])
 
@@ -719,7 +720,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def mask(sentence, path='mask'):
-        """Each position sees what stands before it in its sentence, of sentence (B, T); path as attention_path says."""
+        """Each position sees itself and what stands before it in its sentence (B, T); path as attention_path says."""
         if path == 'spans':
             return Spans(sentence, causal=True)
         return build_mask(causal_view(sentence), sentence.shape, sentence.device, path)
@@ -740,17 +741,17 @@ class Decoder(nn.Module):
 
         tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix); concepts (B, S, concept_dim); keep (B, S) or None.
         """
-        x, target, counted = self.states(tokens, sentence, concepts, mask, keep)
+        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, keep)
         return HeadCrossEntropy.apply(x.flatten(0, 1), self.head.weight, target.flatten(), counted.flatten(),
                                       torch.is_grad_enabled())
 
     def losses(self, tokens, sentence, concepts, mask, keep=None):
         """As forward, of each position (B, T), 0 where none is counted."""
-        x, target, counted = self.states(tokens, sentence, concepts, mask, keep)
+        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, keep)
         loss = F.cross_entropy(self.head(x).flatten(0, 1).float(), target.flatten(), reduction='none')
         return loss.view_as(target) * counted
 
-    def states(self, tokens, sentence, concepts, mask, keep=None):
+    def head_inputs(self, tokens, sentence, concepts, mask, keep=None):
         """What the head reads (B, T, n_embd), targets and which of them count (B, T); arguments as in forward."""
         place, target, counted = self.layout(tokens, sentence)
         prefix = self.prefixes(concepts, keep).flatten(1, 2)  # (B, S * P, n_embd)
@@ -766,7 +767,7 @@ class Decoder(nn.Module):
         last = position + place_in_sentence(sentence.flip(1)).flip(1)
         words = self.words(tokens) * (place >= self.config.n_prefix)[..., None]
         said = RunningSum.apply(words, position - place, last)
-        return self.last(x, own, said, None if keep is None else keep.gather(1, at)), target, counted
+        return self.head_input(x, own, said, None if keep is None else keep.gather(1, at)), target, counted
 
     def flops(self, n_positions, n_seen):
         """Floating-point operations of a training step on so many positions, prefixes included and padding not; n_seen:
@@ -804,7 +805,7 @@ class Decoder(nn.Module):
             h, end = x, seen + T
             for block, (keys, values) in zip(self.blocks, caches):
                 h = block(h, (cos[seen:end], sin[seen:end]), mask, (keys, values, seen))
-            logits = self.head(self.last(h[:, -1], concepts, said, keep)).float()
+            logits = self.head(self.head_input(h[:, -1], concepts, said, keep)).float()
             token = sample(logits, temperature, top_k, top_p, generator)
             said = said + self.words(token)
             out = torch.cat((out, token[:, None]), 1)

@@ -131,7 +131,6 @@ if gradient_accumulation_steps % world_size:
     stop(f'{world_size} ranks cannot share --gradient_accumulation_steps={gradient_accumulation_steps} evenly')
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 torch.set_float32_matmul_precision('high')  # on CUDA, products that are fp32 by their docstring run as TF32
-path = lib.attention_path(device_type, compile)
 max_sentences = max_sentences or block_size // 8
 lr_decay_iters, min_lr = lr_decay_iters or max_iters, min_lr or learning_rate / 10
 
@@ -147,9 +146,10 @@ if encoder_state['tokenizer']['sha256'] != train_data.tokenizer_spec['sha256']:
     stop(f'{data_dir} was prepared with another tokenizer than the encoder read: prepare it with the same one')
 jepa.load_state_dict(encoder_state['model'])
 jepa.to(device).eval().requires_grad_(False)
+attention, encoder_attention = (lib.attention_path(device_type, compile, hf) for hf in (False, bool(jepa.config.hf)))
 del encoder_state
 rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences, 'prefix': n_prefix}
-eval_iters = min(eval_iters, max(val_rows // (batch_size * world_size), 1))  # no row is measured twice
+eval_iters = min(eval_iters, max(val_rows // (batch_size * world_size), 1))  # no row twice, but where there are fewer
 
 
 def to_device(batch):
@@ -181,6 +181,10 @@ architecture = {'vocab_size': train_data.tokenizer_spec['n_vocab'], 'concept_dim
                 'n_prefix': n_prefix, 'dropout': dropout}
 checkpoint_path = os.path.join(out_dir, 'decoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics_decoder.csv')
+if init_from not in ('scratch', 'resume'):
+    stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
+if init_from == 'scratch' and os.path.exists(checkpoint_path):
+    stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')
 encoder_fingerprint = lib.fingerprint(jepa)
 torch.manual_seed(seed)
 try:
@@ -216,14 +220,10 @@ if init_from == 'resume':
     step, best_loss = state['step'], state['best_loss']
     metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
     del state
-elif init_from != 'scratch':
-    stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
-elif os.path.exists(checkpoint_path):
-    stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')
 
 compiled = torch.compile(model) if compile else model
 target_means = torch.compile(jepa.target_means) if compile else jepa.target_means
-parallel = DistributedDataParallel(compiled) if ddp else compiled
+parallel = DistributedDataParallel(compiled, forward_sync_buffers=False) if ddp else compiled
 
 # ---------------------------------------------------------------------------------------------------------------
 # Schedules: functions of the step, so that a resumed run needs no state of theirs
@@ -248,10 +248,10 @@ def inputs(tokens, sentence, document):
     """The decoder's mask and the concepts (B, S, concept_dim) of a batch."""
     # the encoder does not see the decoder's free positions
     words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
-    own = jepa.masks(words, document, 'mask' if jepa.config.hf else path)[0]
+    own = jepa.masks(words, document, encoder_attention)[0]
     with autocast:
         z = target_means(tokens, words, document.shape[1], own)
-    return model.mask(sentence, path), jepa.whitening(z)
+    return model.mask(sentence, attention), jepa.whitening(z)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -153,7 +154,7 @@ for corpus in (train_data, val_data):
         stop(f'every document of {data_dir} ({corpus.split}) is one sentence: there is no next one to predict. Where '
              'documents span lines, prepare them with --doc_separator')
 rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences}
-eval_iters = min(eval_iters, max(val_rows // (batch_size * world_size), 1))  # no row is measured twice
+eval_iters = min(eval_iters, max(val_rows // (batch_size * world_size), 1))  # no row twice, but where there are fewer
 
 
 def to_device(batch):
@@ -215,7 +216,7 @@ n_embd = model.config.n_embd
 if weights:
     model.encoder.net.load_state_dict(weights)
     model.target.net.load_state_dict(weights)
-model.whitening.rate, model.whitening.floor, model.contrast = whiten_rate, whiten_floor, contrast
+model.whitening.rate, model.whitening.floor, model.contrast_weight = whiten_rate, whiten_floor, contrast
 if not state and pooling == 'sif':
     model.token_weight.copy_(lib.sif_weights(torch.from_numpy(train_data.token_counts())))
 model.to(device)
@@ -239,7 +240,7 @@ path = lib.attention_path(device_type, compile, bool(model.config.hf))
 compiled = torch.compile(model) if compile else model
 target_means = torch.compile(model.target_means) if compile else model.target_means
 predict = torch.compile(model.predict) if compile else model.predict
-parallel = DistributedDataParallel(compiled, broadcast_buffers=False) if ddp else compiled
+parallel = DistributedDataParallel(compiled, forward_sync_buffers=False) if ddp else compiled
 
 
 def masks(sentence, document):
@@ -247,9 +248,11 @@ def masks(sentence, document):
     return model.masks(sentence, document, path)
 
 
-def whiten(zs, documents):
-    """Take the moments of the sentence means `zs` over all ranks into the running ones; the batch's mean and size."""
-    mean, cov, n = lib.moments(zs, [d >= 0 for d in documents], all_sum)
+def whiten(zs, arrays):
+    """Take the moments of all ranks' sentence means into the running ones; returns the mean and number of these."""
+    # which rows are sentences is worked out on the CPU: the GPU is not waited for
+    at = [torch.from_numpy(np.flatnonzero(a['document'] >= 0)).to(device, non_blocking=True) for a in arrays]
+    mean, cov, n = lib.moments(torch.cat([z.flatten(0, 1)[i] for z, i in zip(zs, at)]), all_sum)
     model.whitening.update(mean, cov)
     return mean, n
 
@@ -263,12 +266,13 @@ if not model.whitening.steps:  # the space is whitened before the first step, on
     measured = 0
     while measured < 20 * n_embd and model.whitening.steps < 200:
         try:
-            batches = [to_device(b) for b in micro_batches(int(model.whitening.steps))]
+            arrays = micro_batches(int(model.whitening.steps))
+            batches = [to_device(b) for b in arrays]
         except ValueError as error:  # a sentence longer than block_size
             stop(error)
         with torch.no_grad(), autocast:
             zs = [target_means(t, s, d.shape[1], masks(s, d)[0]) for t, s, d in batches]
-        measured += whiten(zs, [d for _, _, d in batches])[1]
+        measured += whiten(zs, arrays)[1]
     model.whitening.refresh()
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -448,7 +452,7 @@ def run():
         views = [masks(s, d) for _, s, d in batches]
         with torch.no_grad(), autocast:
             zs = [target_means(t, s, d.shape[1], own) for (t, s, d), (own, _) in zip(batches, views)]
-        mean, _ = whiten(zs, [d for _, _, d in batches])
+        mean, _ = whiten(zs, arrays)
         if step % whiten_interval == 0:
             model.whitening.refresh()
         # counted on the CPU: the GPU is not waited for

@@ -49,7 +49,7 @@ def override(names: dict, argv: list[str] | None = None) -> dict:
 
 
 def known(name: str, settings: dict):
-    """The default of setting `name`; stops with the nearest known name where there is none."""
+    """The default of setting `name`; ValueError with the nearest known name where there is none."""
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else '--help lists them all'

@@ -84,7 +84,6 @@ class Bench:
         torch.manual_seed(0)
         config = lib.JEPAConfig(self.vocab, self.layers, self.heads, self.width, predictor_layer=2)
         net = lib.JEPA(config).to(self.device)
-        net.contrast = 0.1
         return net, torch.optim.AdamW(lib.optimizer_groups(net, 0.05), lr=1e-4, fused=True)
 
     def encoder(self):
@@ -97,7 +96,7 @@ class Bench:
             own, context = net.masks(sentence, document, self.path)
             with torch.no_grad(), self.autocast:
                 z = target_means(tokens, sentence, document.shape[1], own)
-            mean, cov, _ = lib.moments([z], [document >= 0])
+            mean, cov, _ = lib.moments(z[document >= 0])
             net.whitening.update(mean, cov)
             if i % 10 == 0:
                 net.whitening.refresh()

@@ -245,7 +245,10 @@ def test_perplexity_is_a_loop_over_single_sentences(trained):
         rope = lib.rotary(torch.arange(x.shape[1]), net.head_dim)
         for block in net.blocks:
             x = block(x, rope, mask)
-        says = net.head(net.norm(x))[0, config.n_prefix - 1:].log_softmax(-1)
+        states = net.norm(x)[0, config.n_prefix - 1:] + net.direct(torch.from_numpy(z[i]) * len(z[i]) ** 0.5)
+        for place, token in enumerate(sentence, 1):  # what is written is taken from all that follows
+            states[place:] -= net.spent * net.token_weight[token] * net.embedding.weight[token]
+        says = net.head(states).log_softmax(-1)
         truth = torch.tensor([*sentence, config.eos])
         assert together[i] == pytest.approx(-says[torch.arange(len(truth)), truth].sum().item(), rel=1e-4)
 

@@ -137,6 +137,7 @@ def test_training_learns_and_does_not_collapse(corpus_dir, tmp_path):
 def test_the_concept_tells_the_decoder_something(straight):
     values = [r for r in rows(f'{straight}/metrics_decoder.csv') if r['val_loss']]
     assert float(values[-1]['val_loss']) < float(values[0]['val_loss'])
+    assert float(values[-1]['val_shuffled']) > float(values[-1]['val_loss'])
 
 
 def test_the_copies_of_the_glue_are_equal():
