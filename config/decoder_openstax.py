@@ -1,13 +1,13 @@
-# For out/openstax (config/encoder_openstax.py): about an hour on one CPU core.
+# For out/openstax (config/encoder_openstax.py): half an hour on one CPU core.
 out_dir = 'out/openstax'
-n_layer = 2
+n_layer = 1
 n_head = 8
 n_embd = 512
 batch_size = 8
 block_size = 512
 learning_rate = 2e-3
 warmup_iters = 50
-max_iters = 1200
-eval_interval = 200
+max_iters = 500
+eval_interval = 125
 eval_iters = 8
 compile = False
