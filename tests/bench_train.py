@@ -59,7 +59,10 @@ class LanguageModel(lib.Encoder):
 
 
 class Bench:
-    """One size: its workloads as {name: function of the step's number to (predictions, tokens, positions, flops)}."""
+    """One size and its workloads: each makes a function that takes a step, by number.
+
+    What that returns gives, when called, (predictions, tokens, positions, flops): counted once the clock has stopped.
+    """
 
     def __init__(self, corpus, size, arguments):
         self.corpus, (self.width, self.layers, self.heads), self.a = corpus, size, arguments
@@ -105,7 +108,7 @@ class Bench:
                 loss = forward(tokens, sentence, document, net.whitening(z, mean), context) / n
             self.update(net, optimizer, loss)
             net.update_target(0.99)
-            return counts(sentence, document, lambda t, s, seen: net.flops(t, s, seen))
+            return lambda: counts(sentence, document, net.flops)
         return step
 
     def decoder(self):
@@ -131,7 +134,7 @@ class Bench:
             def flops(positions, sentences, seen):
                 frozen = 2 * lib.matrix_weights(net.target) * (positions - prefix * sentences)
                 return decoder.flops(positions, seen / 2) + frozen + 4 * self.layers * self.width * seen
-            return counts(sentence, document, flops, prefix)
+            return lambda: counts(sentence, document, flops, prefix)
         return step
 
     def windows(self):
@@ -163,11 +166,10 @@ class Bench:
                 loss = (1 - F.cosine_similarity(p, z, dim=-1)).mean()
             self.update(net, optimizer, loss)
             net.update_target(0.99)
-            real = int(inside.sum() + there.sum())
-            flops = lib.matrix_weights(net.encoder) * (6 * inside.sum() + 2 * there.sum()) + \
-                6 * lib.matrix_weights(net.predictor) * size + \
-                4 * self.layers * self.width * (3 * (inside.sum(1) ** 2).sum() + (there.sum(1) ** 2).sum())
-            return size, real, inside.numel() + there.numel(), int(flops)
+            return lambda: (size, int(inside.sum() + there.sum()), inside.numel() + there.numel(), int(
+                lib.matrix_weights(net.encoder) * (6 * inside.sum() + 2 * there.sum())
+                + 6 * lib.matrix_weights(net.predictor) * size
+                + 4 * self.layers * self.width * (3 * (inside.sum(1) ** 2).sum() + (there.sum(1) ** 2).sum())))
         return step
 
     def language_model(self):
@@ -186,7 +188,7 @@ class Bench:
             self.update(net, optimizer, loss)
             flops = 6 * (lib.matrix_weights(net.blocks) + self.vocab * self.width) * B * T + \
                 12 * self.layers * self.width * B * T * (T + 1) // 2
-            return 0, B * T, B * T, flops
+            return lambda: (0, B * T, B * T, flops)
         return step
 
 
@@ -268,11 +270,11 @@ def measure(corpus, size, a, peak):
     for r in range(a.repeats):
         for name, step in steps.items():
             wait(a.device)
-            began, total = time.perf_counter(), np.zeros(4)
-            for i in range(a.steps):
-                total += step(a.warm_up + r * a.steps + i)
+            began = time.perf_counter()
+            taken = [step(a.warm_up + r * a.steps + i) for i in range(a.steps)]
             wait(a.device)
-            seen[name].append([*total, time.perf_counter() - began])
+            seconds = time.perf_counter() - began
+            seen[name].append([*np.sum([count() for count in taken], 0), seconds])
     recompiled = torch._dynamo.utils.counters['stats']['unique_graphs'] if a.compile else 0
     rows = []
     for name, runs in seen.items():
@@ -292,8 +294,8 @@ def main():
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--dtype', default='bfloat16', choices=['bfloat16', 'float32'])
     parser.add_argument('--compile', action='store_true')
-    parser.add_argument('--batch_size', type=int, default=8)
-    parser.add_argument('--block_size', type=int, default=512)
+    parser.add_argument('--batch_size', type=int, default=4)
+    parser.add_argument('--block_size', type=int, default=1024)
     parser.add_argument('--steps', type=int, default=2, help='steps a round')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--warm_up', type=int, default=2)
