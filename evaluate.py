@@ -146,7 +146,7 @@ def ridge(x, y, penalty=0.1):
     """Weights and offset of ridge regression y ~ x w + b; the penalty is a share of the mean variance of x."""
     mx, my = x.mean(0), y.mean(0)
     c = (x - mx).T @ (x - mx)
-    w = np.linalg.solve(c + penalty * np.trace(c) / len(c) * np.eye(len(c)), (x - mx).T @ (y - my))
+    w = np.linalg.solve(c + (penalty * np.trace(c) / len(c) + 1e-9) * np.eye(len(c)), (x - mx).T @ (y - my))
     return w, my - mx @ w
 
 
@@ -267,9 +267,10 @@ def read_sts(path):
             continue
         def score(i, row=row):
             try:
-                return float(row[i])
+                value = float(row[i])
             except (ValueError, IndexError):
                 return None
+            return value if np.isfinite(value) else None
         if at is None:
             at = next((i for i in (len(row) - 1, 0) if len(row) >= 3 and score(i) is not None), None)
             if at is None:
@@ -324,7 +325,14 @@ def sts_scores(rows, encoder, random, idf):
 
 def load(path):
     """Encoder, decoder or None, and corpora of a run; raises Mistake."""
+    if dtype not in ('float32', 'bfloat16'):
+        raise Mistake(f"--dtype={dtype}: expected 'float32' or 'bfloat16'")
     where = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    try:
+        if torch.device(where).type == 'cuda' and not torch.cuda.is_available():
+            raise Mistake(f'--device={device}: this machine, or this build of torch, has no CUDA')
+    except RuntimeError:
+        raise Mistake(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'") from None
     try:
         encoder = lib.load_encoder(path, where, dtype)
         folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -531,7 +539,7 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, pro
     out['round trip']['cos(E(D(z)), z)'] = {'model': float((again['D(z)'] * z[at]).sum(1).mean()),
                                             'shuffled': float((again['D(z)'] * z[at][shuffled]).sum(1).mean())}
     gap = np.linalg.norm(again['D(p)'] - z[at], axis=1) - np.linalg.norm(p[at] - z[at], axis=1)
-    out['round trip']['|E(D(p)) - z| - |p - z|'] = {'model': float(gap.mean())}
+    out['round trip']['‖E(D(p)) − z‖ − ‖p − z‖'] = {'model': float(gap.mean())}
     return out
 
 
@@ -724,8 +732,14 @@ def main():
 
 
 if __name__ == '__main__':
-    settings = override(globals())
+    settings = override(globals(), limits={
+        **dict.fromkeys(('eval_context', 'max_pairs', 'max_train_sentences', 'max_generated', 'max_scored', 'n_samples',
+                         'batch_size'), (1, np.inf)),
+        **dict.fromkeys(('temperature', 'top_k', 'seed'), (0, np.inf)), 'top_p': (1e-6, 1)})
     try:
         main()
     except (Mistake, OSError) as error:
         raise SystemExit(f'evaluate.py: {error}') from None
+    except KeyboardInterrupt:
+        print('evaluate.py: interrupted, nothing was written', file=sys.stderr)
+        raise SystemExit(130) from None

@@ -866,7 +866,7 @@ def load_checkpoint(path, kind, device='cpu') -> dict:
         raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}); "
                          f'use another, such as {kind}_best.pt beside it') from error
     if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:
-        raise ValueError(f"'{path}' does not hold a {kind} of format {FORMAT}: train it again with this version")
+        raise ValueError(f"'{path}' holds no {kind} of format {FORMAT}: give another, or train one with this version")
     return state
 
 
@@ -999,8 +999,8 @@ class ConceptDecoder:
         self.encoder_fingerprint = encoder_fingerprint
 
     def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0):
-        """list[str]: a sentence for each of the concepts (n, d), numpy or tensor; the same seed samples the same."""
-        concepts = torch.as_tensor(np.asarray(concepts), dtype=torch.float32)
+        """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same samples."""
+        concepts = torch.as_tensor(np.atleast_2d(np.asarray(concepts)), dtype=torch.float32)
         generator = torch.Generator(self.device).manual_seed(seed)
         texts = []
         for start in range(0, len(concepts), batch_size):

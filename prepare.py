@@ -42,7 +42,7 @@ dataset = 'HuggingFaceFW/fineweb-edu'  # on the hub; 'web-bible'; path or glob o
 dataset_config = 'sample-10BT'  # the hub's name for a part of the data set
 dataset_split = 'train'
 text_column = 'text'
-doc_separator = ''  # of .txt files: '' means that a line is a document
+doc_separator = ''  # of .txt files, such as '\n\n'; '' means that a line is a document
 max_docs = 0  # stop after so many documents; 0: all
 data_dir = 'data/fineweb-edu'  # where the arrays go
 tokenizer = 'gpt2'  # a tiktoken name; 'bpe:4096', trained on this text; 'hf:<name or folder>'
@@ -77,6 +77,7 @@ MAX_CHARS = 4000  # a longer piece is cut before it is tokenized: byte-pair enco
 def split_sentences(text: str) -> list[str]:
     """The sentences of `text`, in order, white space inside them folded to single spaces; none is empty.
 
+    A line break ends a sentence: text wrapped at a fixed width is to be unwrapped first.
     Joined with spaces they are the text again but for white space.
     """
     import sentencex  # compiled; only the processes that split need it
@@ -380,10 +381,11 @@ def documents(s, rank=0, world_size=1, skip=0):
     """This rank's documents, str or None, after the first `skip` of them; at most max_docs over all ranks."""
     limit = (s['max_docs'] - rank + world_size - 1) // world_size if s['max_docs'] else None
     name = s['dataset']
+    separator = s['doc_separator'].replace('\\n', '\n').replace('\\t', '\t')  # as a shell leaves them
     paths = sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
     if name == 'web-bible' or paths:
         source = read_bible() if name == 'web-bible' else \
-            (d for p in paths for d in read_file(p, s['text_column'], s['doc_separator']))
+            (d for p in paths for d in read_file(p, s['text_column'], separator))
         for i, text in enumerate(source):
             if limit is not None and i // world_size >= limit:
                 return
@@ -914,7 +916,9 @@ class Corpus:
 # ---------------------------------------------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    settings = override(globals())
+    settings = override(globals(), limits={
+        **dict.fromkeys(('max_docs', 'num_proc'), (0, np.inf)),
+        **dict.fromkeys(('max_sentence_tokens', 'shard_tokens', 'hub_retries'), (1, np.inf))})
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:

@@ -71,7 +71,13 @@ device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; auto: cuda where there is one
 dtype = 'auto'  # 'float32' or 'bfloat16' (autocast); auto: bfloat16 where the hardware multiplies it faster
 compile = True
 seed = 1337
-settings = override(globals())
+settings = override(globals(), limits={
+    **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
+                     'n_embd', 'gradient_accumulation_steps', 'n_prefix'), (1, math.inf)),
+    **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
+                     'weight_decay', 'weight_decay_end', 'grad_clip', 'concept_noise'), (0, math.inf)),
+    **dict.fromkeys(('dropout', 'concept_dropout'), (0, 1)),
+    **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999))})
 
 # ---------------------------------------------------------------------------------------------------------------
 # Setup: ranks, device, data
@@ -107,10 +113,6 @@ except RuntimeError:
     stop(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
 if device_type == 'cuda' and not torch.cuda.is_available():
     stop(f'--device={device}: this machine, or this build of torch, has no CUDA')
-for name in ('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps',
-             'n_layer', 'n_head', 'n_embd', 'n_prefix'):
-    if settings[name] < 1:
-        stop(f'--{name}={settings[name]}: expected 1 or more')
 if wandb_log:
     try:
         import wandb
@@ -414,4 +416,5 @@ if stopped:
         print(f'stopped at step {step}, saved to {checkpoint_path}: go on with --init_from=resume')
     sys.exit(128 + stopped)
 if master:
-    print(f'{checkpoint_path} has {step} steps. Next: python evaluate.py --out_dir={out_dir}')
+    print(f'{checkpoint_path} has {step} steps.'
+          + ('' if encoder_path else f' Next: python evaluate.py --out_dir={out_dir}'))

@@ -79,7 +79,14 @@ device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; auto: cuda where there is one
 dtype = 'auto'  # 'float32' or 'bfloat16' (autocast); auto: bfloat16 where the hardware multiplies it faster
 compile = True
 seed = 1337
-settings = override(globals())
+settings = override(globals(), limits={
+    **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
+                     'n_embd', 'gradient_accumulation_steps', 'predictor_layer', 'whiten_interval'), (1, math.inf)),
+    **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
+                     'weight_decay', 'weight_decay_end', 'grad_clip', 'contrast', 'embedding_lr_scale',
+                     'predictor_lr_scale'), (0, math.inf)),
+    **dict.fromkeys(('dropout', 'ema_start', 'ema_end', 'whiten_rate', 'whiten_floor'), (0, 1)),
+    **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999))})
 
 # ---------------------------------------------------------------------------------------------------------------
 # Setup: ranks, device, data
@@ -115,10 +122,8 @@ except RuntimeError:
     stop(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
 if device_type == 'cuda' and not torch.cuda.is_available():
     stop(f'--device={device}: this machine, or this build of torch, has no CUDA')
-for name in ('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'gradient_accumulation_steps',
-             'n_layer', 'n_head', 'n_embd', 'predictor_layer', 'whiten_interval'):
-    if settings[name] < 1:
-        stop(f'--{name}={settings[name]}: expected 1 or more')
+if max_sentences == 1:
+    stop('--max_sentences=1: a row of one sentence holds no next one; expected 2 or more, or 0')
 if wandb_log:
     try:
         import wandb

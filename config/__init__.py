@@ -7,6 +7,7 @@ underscore, but each setting that it leaves behind must be one the script has, a
 """
 
 import difflib
+import math
 import os
 import re
 import runpy
@@ -16,13 +17,14 @@ TYPES = (bool, int, float, str)
 SCRIPTS = {'prepare': 'prepare.py', 'encoder': 'train_encoder.py', 'decoder': 'train_decoder.py'}  # by stage
 
 
-def override(names: dict, argv: list[str] | None = None) -> dict:
+def override(names: dict, argv: list[str] | None = None, limits: dict | None = None) -> dict:
     """Override the settings in `names` (a script's globals()) and return them all as a dict that json can write.
 
     A setting is a name in lower case that holds a bool, int, float or str. `argv` defaults to sys.argv[1:]; each
-    argument is the path of a preset (*.py) or --name=value. --help prints every setting and exits with 0.
+    argument is the path of a preset (*.py) or --name=value. --help prints every setting and exits with 0. `limits`
+    gives the least and the greatest value of some numbers.
 
-    Raises SystemExit with one line on an unknown name, a wrong type, a missing or broken preset.
+    Raises SystemExit with one line on an unknown name, a wrong type or value, a missing or broken preset.
     """
     script = os.path.basename(names['__file__'])
     argv = sys.argv[1:] if argv is None else argv
@@ -42,6 +44,10 @@ def override(names: dict, argv: list[str] | None = None) -> dict:
                 settings.update(from_preset(arg, settings))
             else:
                 raise ValueError(f"cannot read the argument '{arg}': write --name=value, or the path of a preset (.py)")
+        for name, (least, greatest) in (limits or {}).items():
+            if not least <= settings[name] <= greatest:  # nor NaN
+                span = f'{least} or more' if greatest == math.inf else f'from {least} to {greatest}'
+                raise ValueError(f'--{name}={settings[name]}: expected {span}')
     except ValueError as error:
         raise SystemExit(f'{script}: {error}') from None
     names.update(settings)

@@ -39,6 +39,17 @@ def test_mistakes_stop_with_one_line(argument, says):
     assert '\n' not in str(stopped.value)
 
 
+@pytest.mark.parametrize(('argument', 'says'), [
+    ('--steps=0', '--steps=0: expected 1 or more'), ('--rate=1.5', 'from 0 to 1'), ('--rate=nan', 'from 0 to 1'), ('--rate=1', '')])
+def test_values_out_of_bounds_stop(argument, says):
+    limits = {'steps': (1, float('inf')), 'rate': (0, 1)}
+    if not says:
+        assert override(names(), [argument], limits)['rate'] == 1
+        return
+    with pytest.raises(SystemExit, match=says):
+        override(names(), [argument], limits)
+
+
 @pytest.mark.parametrize(('line', 'says'), [('stepz = 1', "did you mean 'steps'"), ("steps = '1'", 'expected int'),
                                             ('1 +', 'does not run')])
 def test_a_preset_is_checked_alike(tmp_path, line, says):
