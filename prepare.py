@@ -683,6 +683,7 @@ def prepare(s):
                     w.close()
                 progress['done'] = True
                 save_progress()
+        pool.shutdown()
     except KeyboardInterrupt:
         with uninterrupted():
             save_progress()
@@ -694,6 +695,7 @@ def prepare(s):
     finally:
         for process in multiprocessing.active_children():
             process.kill()
+        pool.shutdown(cancel_futures=True)
         bar.close()
     if rank == 0:
         finish(s, spec, np.dtype(dtype).name, world_size)
@@ -930,4 +932,6 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print(f'prepare.py: interrupted; the same command goes on where it stopped ({data_dir})', file=sys.stderr)
         sys.stderr.flush()
-        os._exit(128 + _signals['came'])  # not waiting for the hub's threads
+        if threading.active_count() > 1:
+            os._exit(128 + _signals['came'])  # not waiting for the hub's threads
+        raise SystemExit(128 + _signals['came']) from None
