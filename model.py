@@ -862,7 +862,9 @@ def load_checkpoint(path, kind, device='cpu') -> dict:
         raise FileNotFoundError(f"no {kind} at '{path}': train one with train_{kind}.py, or give its out_dir")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
+    except OSError:  # not ours to read: the file may be whole
+        raise
+    except Exception as error:  # bytes that are not what they should be can raise anything
         raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}); "
                          f'use another, such as {kind}_best.pt beside it') from error
     if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:

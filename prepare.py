@@ -293,9 +293,17 @@ def check_column(names, path, column):
 def read_file(path, column, separator):
     """The documents of one file."""
     kind = path.removesuffix('.gz').removesuffix('.xz').removesuffix('.zst').rpartition('.')[2]
+    damage = [OSError, EOFError, lzma.LZMAError, zlib.error]
+    if kind == 'parquet':
+        import pyarrow
+        from pyarrow import parquet
+        damage.append(pyarrow.ArrowException)
+    if path.endswith('.zst'):
+        with contextlib.suppress(ImportError):  # open_text says so
+            from backports import zstd
+            damage.append(zstd.ZstdError)
     try:
         if kind == 'parquet':
-            import pyarrow.parquet as parquet
             with parquet.ParquetFile(path) as f:
                 check_column(f.schema_arrow.names, path, column)
                 for batch in f.iter_batches(batch_size=256, columns=[column]):
@@ -324,11 +332,7 @@ def read_file(path, column, separator):
                         raise Mistake(f'{path}, line {number}: expected an object with a field {column!r}')
                     check_column(record, f'{path}, line {number}:', column)
                     yield record[column] if isinstance(record[column], str) else None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise Mistake(f'cannot read {path}: {error}') from None
-    except Exception as error:
-        if isinstance(error, Mistake) or type(error).__name__ not in ('ArrowInvalid', 'ArrowException', 'ZstdError'):
-            raise
+    except tuple(damage) as error:
         raise Mistake(f'cannot read {path}: {error}') from None
 
 

@@ -241,7 +241,7 @@ if state:
     metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
 del state, weights  # memory for the run
 
-path = lib.attention_path(device_type, compile, bool(model.config.hf))
+attention = lib.attention_path(device_type, compile, bool(model.config.hf))
 compiled = torch.compile(model) if compile else model
 target_means = torch.compile(model.target_means) if compile else model.target_means
 predict = torch.compile(model.predict) if compile else model.predict
@@ -250,7 +250,7 @@ parallel = DistributedDataParallel(compiled, forward_sync_buffers=False) if ddp 
 
 def masks(sentence, document):
     """(target's mask, context's mask)."""
-    return model.masks(sentence, document, path)
+    return model.masks(sentence, document, attention)
 
 
 def whiten(zs, arrays):

@@ -82,7 +82,7 @@ def from_preset(path: str, settings: dict) -> dict:
         values = runpy.run_path(path)
     except FileNotFoundError:
         raise ValueError(f"no preset at '{path}': presets are config/<stage>_<name>.py") from None
-    except Exception as error:
+    except Exception as error:  # the user's own code: any error is theirs
         raise ValueError(f"preset '{path}' does not run: {type(error).__name__}: {error}") from None
     given = {}
     for name, value in values.items():

@@ -11,28 +11,17 @@ key-value cache against reading the prefix again for each token. In turn, median
 import argparse
 import csv
 import os
-import statistics
 import sys
-import time
 
 import numpy as np
 import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
+from bench_prepare import in_turn  # noqa: E402
+
 import model as lib  # noqa: E402
 from prepare import Corpus  # noqa: E402
-
-
-def in_turn(repeats, **functions):
-    """Median seconds of each function, run in turn."""
-    seconds = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, f in functions.items():
-            began = time.perf_counter()
-            f()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(s) for name, s in seconds.items()}
 
 
 def forward_flops(layers, width, lengths):
@@ -77,7 +66,7 @@ def main():
         kept, lib.rows_by_length = lib.rows_by_length, as_they_come
         encoder.encode(texts)
         lib.rows_by_length = kept
-    times = in_turn(a.repeats, encode=lambda: encoder.encode(texts), forward=forward, unsorted=unsorted)
+    times = in_turn(a.repeats, {'encode': lambda: encoder.encode(texts), 'forward': forward, 'unsorted': unsorted})
     row('threads, dtype', f'{torch.get_num_threads()} {a.dtype}')
     row('encode, sentences/s', f"{len(texts) / times['encode']:.0f}", f'{len(texts)} sentences, {lengths.mean():.1f} tokens on average')
     row('of the forward pass alone', f"{times['forward'] / times['encode']:.2f}")
@@ -88,7 +77,7 @@ def main():
         few = texts[:2000]
         n = np.array([len(x) for x in other.tokenizer(few)['input_ids']])
         inner = other[0].auto_model.config
-        times = in_turn(a.repeats, ours=lambda: encoder.encode(few), theirs=lambda: other.encode(few, batch_size=64))
+        times = in_turn(a.repeats, {'ours': lambda: encoder.encode(few), 'theirs': lambda: other.encode(few, batch_size=64)})
         ours = forward_flops(config.n_layer, config.n_embd, lengths[:2000]) / times['ours']
         theirs = forward_flops(inner.num_hidden_layers, inner.hidden_size, n) / times['theirs']
         row('sentence-transformers, MiniLM, sentences/s', f"{len(few) / times['theirs']:.0f}", f'{n.mean():.1f} tokens on average')
@@ -101,7 +90,7 @@ def main():
                 return decoder.model.generate(z[:n], 64, cache=cache)
         if a.dtype == 'float32':
             assert torch.equal(generate(True), generate(False)), 'the texts differ'
-        times = in_turn(a.repeats, cached=lambda: generate(True), reread=lambda: generate(False))
+        times = in_turn(a.repeats, {'cached': lambda: generate(True), 'reread': lambda: generate(False)})
         row(f'generate, batch {n}, tokens/s', f"{n * 64 / times['cached']:.0f}")
         row(f'generate, batch {n}, of re-reading the prefix', f"{times['reread'] / times['cached']:.1f} x")
     with open(os.path.join(HERE, 'results', 'encode.csv'), 'w', newline='') as f:

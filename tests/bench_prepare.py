@@ -50,6 +50,17 @@ def tiktoken_alone(texts, folder, n):
         return time.perf_counter() - began
 
 
+def in_turn(repeats, functions):
+    """Median seconds of each of {name: function}, run in turn."""
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, f in functions.items():
+            began = time.perf_counter()
+            f()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
 def parts(texts, spec, folder, repeats):
     """MB/s of the parts of prepare.py on one process: {name: median}, in turn."""
     encode = prepare.load_tokenizer(spec, folder).encode
@@ -70,13 +81,7 @@ def parts(texts, spec, folder, repeats):
               'tokenize sentences': lambda: [encode(s) for s in sentences],
               'write and checksum': write,
               'all that a worker does': lambda: [prepare.work(c, 128, 0.0, np.uint16) for c in chunks]}
-    seconds = {name: [] for name in stages}
-    for _ in range(repeats):
-        for name, stage in stages.items():
-            began = time.perf_counter()
-            stage()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: size / statistics.median(s) for name, s in seconds.items()}
+    return {name: size / seconds for name, seconds in in_turn(repeats, stages).items()}
 
 
 def memory(pid):
