@@ -69,7 +69,7 @@ min_lr = 0.0  # 0: a tenth of learning_rate
 # system
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; auto: cuda where there is one
 dtype = 'auto'  # 'float32' or 'bfloat16' (autocast); auto: bfloat16 where the hardware multiplies it faster
-compile = True
+compile = 'auto'  # True or False; auto: on CUDA
 seed = 1337
 settings = override(globals(), limits={
     **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
@@ -109,7 +109,7 @@ if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
 try:
     device_type = torch.device(device).type
-except RuntimeError:
+except (RuntimeError, TypeError):
     stop(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
 if device_type == 'cuda' and not torch.cuda.is_available():
     stop(f'--device={device}: this machine, or this build of torch, has no CUDA')
@@ -127,6 +127,10 @@ master = rank == 0
 if dtype == 'auto':
     fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_avx512_bf16_supported()
     dtype = 'bfloat16' if fast else 'float32'
+if compile == 'auto':  # on a CPU what is not compiled is faster: tests/results/variants_cpu.csv
+    compile = device_type == 'cuda'
+if compile not in (True, False):
+    stop(f"--compile={compile}: expected True, False or 'auto'")
 if dtype not in ('float32', 'bfloat16'):
     stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
 if gradient_accumulation_steps % world_size:

@@ -77,7 +77,7 @@ min_lr = 0.0  # 0: a tenth of learning_rate
 # system
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; auto: cuda where there is one
 dtype = 'auto'  # 'float32' or 'bfloat16' (autocast); auto: bfloat16 where the hardware multiplies it faster
-compile = True
+compile = 'auto'  # True or False; auto: on CUDA
 seed = 1337
 settings = override(globals(), limits={
     **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
@@ -118,7 +118,7 @@ if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
 try:
     device_type = torch.device(device).type
-except RuntimeError:
+except (RuntimeError, TypeError):
     stop(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
 if device_type == 'cuda' and not torch.cuda.is_available():
     stop(f'--device={device}: this machine, or this build of torch, has no CUDA')
@@ -140,6 +140,10 @@ if dtype == 'auto':
     dtype = 'bfloat16' if fast else 'float32'
 if pooling not in ('sif', 'mean'):
     stop(f"--pooling={pooling}: expected 'sif' or 'mean'")
+if compile == 'auto':  # on a CPU what is not compiled is faster: tests/results/variants_cpu.csv
+    compile = device_type == 'cuda'
+if compile not in (True, False):
+    stop(f"--compile={compile}: expected True, False or 'auto'")
 if dtype not in ('float32', 'bfloat16'):
     stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
 if gradient_accumulation_steps % world_size:

@@ -3,7 +3,8 @@
     python train_encoder.py config/encoder_demo.py --learning_rate=1e-3
 
 A preset is plain Python run in a namespace of its own: it may compute, import and use names that start with an
-underscore, but each setting that it leaves behind must be one the script has, and of the same type.
+underscore, but each setting that it leaves behind must be one the script has, and of the same type. A setting that is
+'auto' also takes True and False.
 """
 
 import difflib
@@ -28,20 +29,21 @@ def override(names: dict, argv: list[str] | None = None, limits: dict | None = N
     """
     script = os.path.basename(names['__file__'])
     argv = sys.argv[1:] if argv is None else argv
-    settings = {k: v for k, v in names.items() if k == k.lower() and k[0] != '_' and type(v) in TYPES}
+    defaults = {k: v for k, v in names.items() if k == k.lower() and k[0] != '_' and type(v) in TYPES}
     if any(a in ('-h', '--help') for a in argv):
-        print(describe(names, settings), end='')
+        print(describe(names, defaults), end='')
         raise SystemExit(0)
+    settings = dict(defaults)
     try:
         for arg in argv:
             if arg.startswith('--') and '=' in arg:
                 name, text = arg[2:].split('=', 1)
-                settings[name] = from_text(name, text, settings)
+                settings[name] = from_text(name, text, defaults)
             elif arg.endswith('.py'):
                 stage = SCRIPTS.get(os.path.basename(arg).split('_')[0])
                 if stage and script in {*SCRIPTS.values(), 'evaluate.py'} - {stage}:
                     raise ValueError(f'{arg} is a preset of {stage}')
-                settings.update(from_preset(arg, settings))
+                settings.update(from_preset(arg, defaults))
             else:
                 raise ValueError(f"cannot read the argument '{arg}': write --name=value, or the path of a preset (.py)")
         for name, (least, greatest) in (limits or {}).items():
@@ -54,20 +56,21 @@ def override(names: dict, argv: list[str] | None = None, limits: dict | None = N
     return settings
 
 
-def known(name: str, settings: dict):
+def known(name: str, defaults: dict):
     """The default of setting `name`; ValueError with the nearest known name where there is none."""
-    if name not in settings:
-        near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
+    if name not in defaults:
+        near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else '--help lists them all'
         raise ValueError(f"unknown setting '{name}': {hint}")
-    return settings[name]
+    return defaults[name]
 
 
-def from_text(name: str, text: str, settings: dict):
+def from_text(name: str, text: str, defaults: dict):
     """The value that --name=text means, read as the type of the setting's default."""
-    kind = type(known(name, settings))
+    default = known(name, defaults)
+    kind = type(default)
     if kind is str:
-        return text
+        return text.lower() == 'true' if default == 'auto' and text.lower() in ('true', 'false') else text
     try:
         if kind is bool:
             return {'true': True, 'false': False, '1': True, '0': False}[text.lower()]
@@ -76,7 +79,7 @@ def from_text(name: str, text: str, settings: dict):
         raise ValueError(f"--{name}={text}: expected {'True or False' if kind is bool else kind.__name__}") from None
 
 
-def from_preset(path: str, settings: dict) -> dict:
+def from_preset(path: str, defaults: dict) -> dict:
     """The settings that the Python file at `path` assigns."""
     try:
         values = runpy.run_path(path)
@@ -86,18 +89,18 @@ def from_preset(path: str, settings: dict) -> dict:
         raise ValueError(f"preset '{path}' does not run: {type(error).__name__}: {error}") from None
     given = {}
     for name, value in values.items():
-        if name[0] == '_' or not (type(value) in TYPES or name in settings or value is None):
+        if name[0] == '_' or not (type(value) in TYPES or name in defaults or value is None):
             continue  # modules, functions and private helpers of the preset
-        default = known(name, settings)
+        default = known(name, defaults)
         if type(default) is float and type(value) is int:
             value = float(value)
-        if type(value) is not type(default):
+        if type(value) is not type(default) and not (default == 'auto' and type(value) is bool):
             raise ValueError(f'{path}: {name} = {value!r}: expected {type(default).__name__}')
         given[name] = value
     return given
 
 
-def describe(names: dict, settings: dict) -> str:
+def describe(names: dict, defaults: dict) -> str:
     """The text of --help: each setting with its default and the comment beside it in the script."""
     comments = {}
     with open(names['__file__'], encoding='utf-8') as f:
@@ -105,5 +108,5 @@ def describe(names: dict, settings: dict) -> str:
     for name, comment in re.findall(r'^(\w+) *= *[^#\n]*?(?:# *(.*))?$', source, re.M):
         comments.setdefault(name, comment)
     lines = [(names.get('__doc__') or '').strip(), '', 'settings:']
-    lines += [f'  --{k}={v!r}'.ljust(44) + (f'  {comments[k]}' if comments.get(k) else '') for k, v in settings.items()]
+    lines += [f'  --{k}={v!r}'.ljust(44) + (f'  {comments[k]}' if comments.get(k) else '') for k, v in defaults.items()]
     return '\n'.join(lines) + '\n'

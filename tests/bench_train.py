@@ -2,11 +2,13 @@
 
     python tests/bench_train.py                                      CPU: 192 and 384 wide, on the embedded Bible
     python tests/bench_train.py --data_dir=data/openstax --device=cuda --compile
+    python tests/bench_train.py --variants
 
 windows: the usual data flow, a context of the 8 sentences before and one target, each padded to the longest of its
 batch, the encoder run on both, one prediction each. language model: a causal model on full rows, as nanoGPT trains it.
 All run in turn, the medians of --repeats rounds count. Utilisation is of the bfloat16 (or float32) matrix product measured in
-the same run. Writes tests/results/train_<device>.csv.
+the same run. Writes tests/results/train_<device>.csv; with --variants, variants_<device>.csv: what compilation and bfloat16
+bring, each on its own.
 """
 
 import argparse
@@ -258,14 +260,8 @@ def print_memory(a):
     print(torch.cuda.max_memory_allocated() / 2**20 if a.device == 'cuda' else high_water() - before)
 
 
-def measure(corpus, size, a, peak):
-    """Rows of the table for one size."""
-    bench, steps = Bench(corpus, size, a), {}
-    for name, make in WORKLOADS.items():
-        steps[name] = make(bench)
-        for i in range(a.warm_up):
-            steps[name](i)
-    torch._dynamo.utils.counters.clear()
+def in_turn(steps, a):
+    """Of each of {name: function}: rows (predictions, tokens, positions, flops, seconds) of a.repeats rounds, in turn."""
     seen = {name: [] for name in steps}
     for r in range(a.repeats):
         for name, step in steps.items():
@@ -275,10 +271,25 @@ def measure(corpus, size, a, peak):
             wait(a.device)
             seconds = time.perf_counter() - began
             seen[name].append([*np.sum([count() for count in taken], 0), seconds])
+    return {name: np.array(runs) for name, runs in seen.items()}
+
+
+def warmed_up(step, a):
+    for i in range(a.warm_up):
+        step(i)
+    return step
+
+
+def measure(corpus, size, a, peak):
+    """Rows of the table for one size."""
+    bench = Bench(corpus, size, a)
+    steps = {name: warmed_up(make(bench), a) for name, make in WORKLOADS.items()}
+    torch._dynamo.utils.counters.clear()
+    seen = in_turn(steps, a)
     recompiled = torch._dynamo.utils.counters['stats']['unique_graphs'] if a.compile else 0
     rows = []
     for name, runs in seen.items():
-        predictions, tokens, positions, flops, seconds = np.array(runs).T
+        predictions, tokens, positions, flops, seconds = runs.T
         rows.append({'width': size[0], 'layers': size[1], 'workload': name,
                      'predictions/s': round(np.median(predictions / seconds)), 'tokens/s': round(np.median(tokens / seconds)),
                      'padding': round(1 - tokens.sum() / positions.sum(), 4),
@@ -288,12 +299,40 @@ def measure(corpus, size, a, peak):
     return rows
 
 
+def variants(corpus, size, a):
+    """Rows of tokens/s of encoder and decoder in fp32 and in bf16, as they are and compiled, all in turn."""
+    steps = {}
+    for workload in ('encoder', 'decoder'):
+        for dtype in ('float32', 'bfloat16'):
+            for compiled in (False, True):
+                bench = Bench(corpus, size, argparse.Namespace(**vars(a) | {'dtype': dtype, 'compile': compiled}))
+                steps[workload, dtype, compiled] = warmed_up(WORKLOADS[workload](bench), a)
+    speed = {key: float(np.median(runs[:, 1] / runs[:, 4])) for key, runs in in_turn(steps, a).items()}
+    return [{'width': size[0], 'layers': size[1], 'workload': w, 'dtype': d, 'compiled': c, 'tokens/s': round(v),
+             'of fp32, not compiled': round(v / speed[w, 'float32', False], 2)} for (w, d, c), v in speed.items()]
+
+
+def show(rows):
+    for row in [dict(zip(rows[0], rows[0])), *rows]:
+        print(' '.join(f'{v!s:>{max(len(k), 8)}}' for k, v in row.items()))
+
+
+def write(name, rows):
+    """Write rows to tests/results/<name>.csv."""
+    os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)
+    with open(os.path.join(HERE, 'results', name + '.csv'), 'w', newline='') as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_dir', default='', help='what prepare.py wrote; none: the embedded Bible, prepared here')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--dtype', default='bfloat16', choices=['bfloat16', 'float32'])
     parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--variants', action='store_true', help='fp32 and bf16, compiled and not, instead')
     parser.add_argument('--batch_size', type=int, default=4)
     parser.add_argument('--block_size', type=int, default=1024)
     parser.add_argument('--steps', type=int, default=2, help='steps a round')
@@ -317,20 +356,20 @@ def main():
               f"{peak['bfloat16']:.0f} GFLOP/s in bfloat16, {peak['float32']:.0f} in float32; copy "
               f'{copy_speed(a.device):.1f} GB/s')
         sizes = [tuple(map(int, a.size.split(',')))] if a.size else SIZES[a.device]
+        machine = {'threads': torch.get_num_threads(), 'matrix product GFLOP/s': round(peak[a.dtype])}
+        if a.variants:
+            rows = [row for size in sizes for row in variants(corpus, size, a)]
+            show(rows)
+            write(f'variants_{a.device}', [row | machine for row in rows])
+            return
         rows = [row for size in sizes for row in measure(corpus, size, a, peak[a.dtype])]
-    for row in [dict(zip(rows[0], rows[0])), *rows]:
-        print(' '.join(f'{v!s:>{max(len(k), 8)}}' for k, v in row.items()))
+    show(rows)
     for size in dict.fromkeys(r['width'] for r in rows):
         of = {r['workload']: r for r in rows if r['width'] == size}
         print(f"{size} wide: predictions/s {of['encoder']['predictions/s'] / of['windows']['predictions/s']:.1f} x windows; "
               f"time a FLOP, of the language model's: encoder {of['language model']['GFLOP/s'] / of['encoder']['GFLOP/s']:.2f}, "
               f"decoder {of['language model']['GFLOP/s'] / of['decoder']['GFLOP/s']:.2f}")
-    os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)
-    with open(os.path.join(HERE, 'results', f'train_{a.device}.csv'), 'w', newline='') as f:
-        writer = csv.DictWriter(f, [*rows[0], 'dtype', 'compiled', 'threads', 'matrix product GFLOP/s'])
-        writer.writeheader()
-        writer.writerows(r | {'dtype': a.dtype, 'compiled': a.compile, 'threads': torch.get_num_threads(),
-                              'matrix product GFLOP/s': round(peak[a.dtype])} for r in rows)
+    write(f'train_{a.device}', [row | {'dtype': a.dtype, 'compiled': a.compile} | machine for row in rows])
 
 
 if __name__ == '__main__':

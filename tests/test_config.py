@@ -20,6 +20,16 @@ def test_values_keep_their_types():
     assert type(given['rate']) is float
 
 
+def test_what_is_auto_may_also_be_true_or_false(tmp_path):
+    preset = tmp_path / 'p.py'
+    preset.write_text('compile = False\n')
+    scope = {'compile': 'auto', 'name': 'a', '__file__': __file__}
+    assert override(dict(scope), ['--compile=True'])['compile'] is True
+    assert override(dict(scope), [str(preset)])['compile'] is False
+    assert override(dict(scope), [str(preset), '--compile=auto'])['compile'] == 'auto'
+    assert override(dict(scope), ['--name=True'])['name'] == 'True'
+
+
 def test_presets_and_flags_apply_in_order(tmp_path):
     preset = tmp_path / 'p.py'
     preset.write_text('import math\n_half = 4\nsteps = 2 * _half\nrate = 1\n')
