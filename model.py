@@ -195,13 +195,20 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tokens to states; what a token sees is the mask's affair, so both views share these weights."""
+    """Tokens to states; what a token sees is the mask's affair, so both views share these weights.
+
+    The branches of its blocks end in zeros at first: it starts as the embeddings, whose start means something
+    (neighbour_embeddings), and random branches would only blur them.
+    """
 
     def __init__(self, vocab_size, n_layer, n_head, n_embd, dropout=0.0):
         super().__init__()
         self.head_dim = n_embd // n_head
         self.embedding = nn.Embedding(vocab_size, n_embd)  # unit scale: smaller ones are swamped by their common mode
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
+        for block in self.blocks:
+            nn.init.zeros_(block.proj.weight)
+            nn.init.zeros_(block.down.weight)
         self.norm = nn.RMSNorm(n_embd, eps=1e-6)
 
     def forward(self, tokens, mask):
@@ -311,17 +318,61 @@ def sentence_mean(h, weights, sentence, n_sentences):
         return ((member * weights[:, None]) @ h.float()) / member.sum(-1, keepdim=True).clamp(min=1)
 
 
+@torch.no_grad()
+def neighbour_embeddings(steps, weight, dim, passes, own=0.3, reduce=lambda x: x):
+    """Token embeddings (V, dim) to start from, of length sqrt(dim): each points to the sentences around its own.
+
+    A sentence's mean of embeddings, times `weight` (V,), is whitened to a concept; a token's embedding becomes the sum
+    of the concepts before and after the sentences it comes in, each over its sentence's length (without that, STS-B is
+    a point lower), and a share `own` of a random vector of its own, which keeps words of one topic apart; and so again,
+    `passes` times. It is where the loss would pull the embeddings in the end, were the encoder linear: orthogonal
+    iteration towards the directions in which neighbouring sentences correlate (canonical correlation, Hotelling 1936,
+    the words' covariance taken as diagonal, as in Dhillon et al. 2015, "Eigenwords"). A pass takes seconds where
+    gradient steps take an hour to come as far.
+
+    `steps()` yields, for each training step, a list of this rank's batches as (tokens, sentence, document); `reduce`
+    sums a tensor over all ranks.
+    """
+    random = unit(torch.randn(len(weight), dim, device=weight.device))
+    table = random * dim ** 0.5
+
+    def means(tokens, sentence, document):
+        return sentence_mean(table[tokens], weight[tokens], sentence, document.shape[1])
+    for _ in range(passes):
+        whitening, measured = Whitening(dim).to(weight.device), 0
+        for batches in steps():
+            mean, cov, n = moments(torch.cat([means(*batch)[batch[2] >= 0] for batch in batches]), reduce)
+            whitening.update(mean, cov)
+            measured += n
+            if measured > 50 * dim:
+                break
+        whitening.refresh()
+        total = torch.zeros_like(table)
+        for tokens, sentence, document in (batch for batches in steps() for batch in batches):
+            z = whitening(means(tokens, sentence, document))  # (B, S, D)
+            follows = pairs(document)[..., None]
+            around = F.pad(z[:, :-1] * follows, (0, 0, 1, 0)) + F.pad(z[:, 1:] * follows, (0, 0, 0, 1))
+            length = (sentence[:, None] == torch.arange(document.shape[1], device=sentence.device)[:, None]).sum(-1)
+            around = around / length.clamp(min=1)[..., None]
+            row, at = (sentence >= 0).nonzero(as_tuple=True)
+            total.index_add_(0, tokens[row, at], around[row, sentence[row, at]])
+        table = unit((1 - own) * unit(reduce(total)) + own * random) * dim ** 0.5
+    return table
+
+
 class Predictor(nn.Module):
     """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
 
-    It starts as "the same again, and something of what went before": the branches of its blocks end in zeros, but for
-    the first attention, which starts close to twice the mean of the concepts so far. The last sentence tells place,
-    the mean tells topic.
+    It starts as "the same again, and more of what went before": the branches of its blocks end in zeros, but for the
+    first attention, which starts close to 8 times a mean of the concepts so far, the older the less: by exp(-0.4) a
+    sentence. The last sentence tells place, the mean tells topic. Attention scores fall with distance by a slope that
+    each head learns (as ALiBi's, Press et al. 2022, arXiv:2108.12409, where they are fixed).
     """
 
     def __init__(self, n_layer, n_head, n_embd, dropout=0.0):
         super().__init__()
         self.head_dim = n_embd // n_head
+        self.slope = nn.Parameter(torch.full((n_head,), 0.4))
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
         for block in self.blocks:
             nn.init.zeros_(block.proj.weight)
@@ -330,12 +381,14 @@ class Predictor(nn.Module):
             for block in self.blocks[:1]:
                 block.qkv.weight[:2 * n_embd] *= 0.1  # scores near 0: nearly equal attention
                 block.qkv.weight[2 * n_embd:] = torch.eye(n_embd)
-                block.proj.weight.copy_(2 * torch.eye(n_embd))
+                block.proj.weight.copy_(8 * torch.eye(n_embd))
 
     def forward(self, c, document):
         """c (B, S, D) concepts scaled to length sqrt(D), document (B, S) -> predictions (B, S, D) of any length."""
         rope = rotary(torch.arange(c.shape[1], device=c.device), self.head_dim)
         mask = build_mask(causal_view(document), document.shape, c.device)
+        at = torch.arange(c.shape[1], device=c.device)
+        mask = torch.where(mask, -self.slope[:, None, None] * (at[:, None] - at), -torch.inf)  # (B, H, S, S)
         for block in self.blocks:
             c = block(c, rope, mask)
         return c
@@ -386,20 +439,104 @@ def pairs(document):
     return (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
 
 
-def contrast(p, concepts, document, window=8, temperature=0.05):
-    """Cross-entropy (B, S - 1) of telling concept[i + 1] by p[i] from the other sentences of its row, fp32.
+@dataclass
+class Objective:
+    """What training minimises: one switch each, compared in tests/ablate.py. The whitening's switch is the script's."""
+    loss: str = 'cosine'  # or 'mse', 'smooth_l1', 'infonce'
+    target: str = 'ema'  # or 'stopgrad': the encoder as it is; 'shared': that, and the gradient flows into it too
+    reg: str = 'none'  # or 'vicreg', 'sigreg': of the online encoder's sentence means
+    reg_weight: float = 1.0
 
-    InfoNCE (van den Oord et al. 2018, arXiv:1807.03748), with most negatives of the same document. Sentence i and the
-    `window` before it are left out: a prediction may resemble what it follows. p, concepts (B, S, D), document (B, S).
+    def __post_init__(self):
+        known = {'loss': ('cosine', 'mse', 'smooth_l1', 'infonce'), 'target': ('ema', 'stopgrad', 'shared'),
+                 'reg': ('none', 'vicreg', 'sigreg')}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"--{name}={getattr(self, name)}: expected one of {', '.join(values)}")
+
+
+def distance(p, concepts, document, loss):
+    """Loss (B, S - 1), fp32, of predictions p[i] and concepts[i + 1], both (B, S, D); document (B, S).
+
+    mse and smooth_l1 are means over dimensions, concepts of length sqrt(D) as the predictor reads them, and a tenth of
+    the prediction: it starts about ten times as long.
     """
     with torch.autocast(p.device.type, enabled=False):
-        logits = F.normalize(p.float(), dim=-1) @ concepts.float().transpose(1, 2) / temperature  # (B, S, S)
-    at = torch.arange(document.shape[1], device=document.device)
-    ahead = at - at[:, None]
-    same = document[:, :, None] == document[:, None]
-    left_out = (document < 0)[:, None] | (same & (ahead <= 0) & (ahead >= -window))
-    logits = logits.masked_fill(left_out, -1e4)[:, :-1]  # finite: where all are left out, the gradient is 0 and not NaN
-    return F.cross_entropy(logits.flatten(0, 1), at[1:].repeat(len(p)), reduction='none').view(len(p), -1)
+        p, z = p[:, :-1].float(), concepts[:, 1:].float()
+        if loss == 'cosine':
+            return 1 - F.cosine_similarity(p, z, dim=-1)
+        if loss == 'infonce':
+            return infonce(p, concepts, document)
+        f = F.mse_loss if loss == 'mse' else F.smooth_l1_loss
+        return f(0.1 * p, z * z.shape[-1] ** 0.5, reduction='none').mean(-1)
+
+
+def infonce(p, concepts, document, temperature=0.1):
+    """Cross-entropy (B, S - 1) of telling concepts[i + 1] by p[i] from all others of the batch but sentence i.
+
+    van den Oord et al. 2018 (arXiv:1807.03748); cosine similarity, over the temperature.
+    """
+    B, S, _ = concepts.shape
+    logits = F.normalize(p, dim=-1).flatten(0, 1) @ concepts.float().flatten(0, 1).T / temperature  # (B (S - 1), B S)
+    at = torch.arange(B * S, device=p.device).view(B, S)
+    left_out = (document.flatten() < 0) | (at.flatten() == at[:, :-1].flatten()[:, None])
+    logits = logits.masked_fill(left_out, -1e4)  # finite: where all are left out, the gradient is 0 and not NaN
+    return F.cross_entropy(logits, at[:, 1:].flatten(), reduction='none').view(B, S - 1)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Sum of a tensor over all ranks, whose gradient is summed too: a statistic of all ranks is every rank's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient
+
+
+def over_ranks(x):
+    """x summed over ranks, with gradient."""
+    many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return SumOverRanks.apply(x) if many else x
+
+
+def vicreg(x, counted):
+    """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the counted rows of x (N, D).
+
+    The hinge that holds each dimension's standard deviation at 1 or more, and a 25th, the paper's share, of the squared
+    covariances off the diagonal over D. Statistics are over all ranks.
+    """
+    counted = counted.float()[:, None]
+    n = over_ranks(counted.sum())
+    x = (x.float() - over_ranks((x * counted).sum(0)) / n) * counted
+    cov = over_ranks(x.T @ x) / (n - 1).clamp(min=1)
+    spread = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
+    return spread + (cov - cov.diagonal().diag()).square().sum() / len(cov) / 25
+
+
+def sigreg(x, counted, directions=256, points=17, reach=5.0):
+    """Sketched isotropic Gaussian regularisation (Balestriero & LeCun 2025, arXiv:2511.08544) of the rows of x (N, D).
+
+    The Epps-Pulley statistic, which tells a sample from a standard Gaussian by its characteristic function, averaged
+    over random directions: n times the integral over t of |mean exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), by the
+    trapezoid rule, n being the counted rows of all ranks, over which the means run. All ranks draw the same directions.
+    """
+    counted = counted.float()[:, None, None]
+    n = over_ranks(counted.sum())
+    a = torch.randn(x.shape[1], directions, device=x.device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(a, 0)
+    t = torch.linspace(-reach, reach, points, device=x.device)
+    angle = (x.float() @ F.normalize(a, dim=0))[..., None] * t  # (N, directions, points)
+    real, imaginary = (over_ranks((f(angle) * counted).sum(0)) / n for f in (torch.cos, torch.sin))
+    gauss = torch.exp(-t.square() / 2)
+    return n * torch.trapezoid(((real - gauss).square() + imaginary.square()) * gauss, t).mean()
 
 
 @dataclass
@@ -430,7 +567,7 @@ class JEPA(nn.Module):
         self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.whitening = Whitening(config.n_embd)
-        self.contrast_weight = 0.0
+        self.objective = Objective()
         self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a sentence's mean: see sif_weights
 
     def train(self, mode=True):
@@ -451,32 +588,43 @@ class JEPA(nn.Module):
         """Unwhitened targets z (B, S, D), fp32, no gradient."""
         return sentence_mean(self.target(tokens, mask), self.token_weight[tokens], sentence, n_sentences)
 
+    def means(self, tokens, sentence, document, mask):
+        """Means (B, S, D), fp32, over each sentence of the online encoder's states."""
+        return sentence_mean(self.encoder(tokens, mask), self.token_weight[tokens], sentence, document.shape[1])
+
     def predict(self, tokens, sentence, document, mask):
         """Predictions (B, S, D), fp32, of any length, of the concept of sentence i + 1, from the online encoder."""
-        c = sentence_mean(self.encoder(tokens, mask), self.token_weight[tokens], sentence, document.shape[1])
-        return self.predict_concepts(self.whitening(c), document)
+        return self.predict_concepts(self.whitening(self.means(tokens, sentence, document, mask)), document)
 
     def predict_concepts(self, concepts, document):
         """As predict, from unit-norm concepts (B, S, D): how a model of context='concepts' is used after training."""
         return self.predictor(concepts * concepts.shape[-1] ** 0.5, document).float()
 
     def forward(self, tokens, sentence, document, concepts, mask):
-        """The loss: 1 - cos(p[i], concept[i + 1]) summed over pairs; concepts (B, S, D) are the whitened targets.
+        """The objective's loss, 1 - cos(p[i], concept[i + 1]) where it is not another, summed over pairs; concepts
+        (B, S, D) are the whitened targets.
 
         With context='concepts' the predictor learns from two inputs, half the loss each: the online encoder's states,
         through which the encoder learns, and the targets' own concepts, which it reads after training. The online
-        encoder runs ahead of its average: a predictor that had seen only its states retrieved less. From the second
-        input, so that only the predictor feels it, it can also learn to tell the next sentence from others: contrast,
-        times contrast_weight, is then part of the loss.
+        encoder runs ahead of its average: a predictor that had seen only its states retrieved less.
         """
-        p = self.predict(tokens, sentence, document, mask)
-        loss = 1 - F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)
-        if self.config.context == 'concepts':
+        goal = self.objective
+        means = self.means(tokens, sentence, document, mask)
+        own = self.whitening(means)
+        if goal.target == 'shared':
+            concepts = own
+        loss = distance(self.predict_concepts(own, document), concepts, document, goal.loss)
+        if self.config.context == 'concepts' and goal.target != 'shared':
             p = self.predict_concepts(concepts, document)
-            loss = (loss + 1 - F.cosine_similarity(p[:, :-1], concepts[:, 1:], dim=-1)) / 2
-            if self.contrast_weight:
-                loss = loss + self.contrast_weight * contrast(p, concepts, document)
-        return (loss * pairs(document)).sum()
+            loss = (loss + distance(p, concepts, document, goal.loss)) / 2
+        follows = pairs(document)
+        loss = (loss * follows).sum()
+        if goal.reg != 'none':
+            measure = vicreg if goal.reg == 'vicreg' else sigreg
+            with torch.autocast(loss.device.type, enabled=False):
+                weight = goal.reg_weight * follows.sum()  # the caller divides by the pairs of all ranks
+                loss = loss + weight * measure(means.flatten(0, 1), document.flatten() >= 0)
+        return loss
 
     def flops(self, n_tokens, n_sentences, n_seen):
         """Floating-point operations of a training step on so many tokens and sentences, padding not counted.

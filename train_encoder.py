@@ -52,9 +52,16 @@ n_embd = 768
 predictor_layer = 4
 dropout = 0.0
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
+start_passes = 4  # over the text, to start token embeddings from (model.neighbour_embeddings); 0: random ones
+start_tokens = 20_000_000  # read in each at most
 context = 'concepts'  # the predictor's input: sentences encoded alone, or 'tokens': each with all before it
-contrast = 0.0  # weight of telling the next sentence from others of its row: the predictor's, with context='concepts'
-# target: moving average of the encoder, whitened
+# objective: see tests/ablate.py for what each of these does
+loss = 'cosine'  # or 'mse', 'smooth_l1', 'infonce'
+target = 'ema'  # moving average of the encoder; 'stopgrad': the encoder as it is; 'shared': and with gradient
+whiten = True  # predict in the whitened space; False: unit-norm sentence means
+reg = 'none'  # or 'vicreg', 'sigreg', of the online sentence means (of a micro-batch, over all ranks)
+reg_weight = 1.0
+# target
 ema_start = 0.99  # momentum, on a half cosine to ema_end
 ema_end = 0.999
 whiten_rate = 0.99  # how much of the running covariance is kept a step
@@ -62,7 +69,7 @@ whiten_floor = 0.01  # eigenvalues below this share of their mean are raised to 
 whiten_interval = 10  # steps between recomputations of C^-1/2
 # optimizer: AdamW
 learning_rate = 6e-4
-embedding_lr_scale = 50.0  # token embeddings from scratch learn so many times as fast
+embedding_lr_scale = 10.0  # token embeddings from scratch learn so many times as fast
 predictor_lr_scale = 0.1  # the predictor, so many
 max_iters = 100_000
 weight_decay = 0.05  # on a half cosine to weight_decay_end
@@ -83,8 +90,8 @@ settings = override(globals(), limits={
     **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
                      'n_embd', 'gradient_accumulation_steps', 'predictor_layer', 'whiten_interval'), (1, math.inf)),
     **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
-                     'weight_decay', 'weight_decay_end', 'grad_clip', 'contrast', 'embedding_lr_scale',
-                     'predictor_lr_scale'), (0, math.inf)),
+                     'weight_decay', 'weight_decay_end', 'grad_clip', 'reg_weight', 'start_passes', 'start_tokens',
+                     'embedding_lr_scale', 'predictor_lr_scale'), (0, math.inf)),
     **dict.fromkeys(('dropout', 'ema_start', 'ema_end', 'whiten_rate', 'whiten_floor'), (0, 1)),
     **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999))})
 
@@ -144,6 +151,8 @@ if compile == 'auto':  # on a CPU what is not compiled is faster: tests/results/
     compile = device_type == 'cuda'
 if compile not in (True, False):
     stop(f"--compile={compile}: expected True, False or 'auto'")
+if target == 'shared' and context != 'concepts':
+    stop("--target=shared needs --context=concepts: one view for both sides")
 if dtype not in ('float32', 'bfloat16'):
     stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
 if gradient_accumulation_steps % world_size:
@@ -219,13 +228,14 @@ try:
         stop(f"--init_from={init_from}: expected 'scratch', 'resume' or 'hf:<name or folder>'")
     torch.manual_seed(seed)
     model = lib.JEPA(lib.JEPAConfig(**architecture))
+    model.objective = lib.Objective(loss, target, reg, reg_weight)
 except (OSError, ValueError, ImportError) as error:
     stop(str(error).splitlines()[0])
 n_embd = model.config.n_embd
 if weights:
     model.encoder.net.load_state_dict(weights)
     model.target.net.load_state_dict(weights)
-model.whitening.rate, model.whitening.floor, model.contrast_weight = whiten_rate, whiten_floor, contrast
+model.whitening.rate, model.whitening.floor = whiten_rate, whiten_floor
 if not state and pooling == 'sif':
     model.token_weight.copy_(lib.sif_weights(torch.from_numpy(train_data.token_counts())))
 model.to(device)
@@ -257,7 +267,7 @@ def masks(sentence, document):
     return model.masks(sentence, document, attention)
 
 
-def whiten(zs, arrays):
+def measure(zs, arrays):
     """Take the moments of all ranks' sentence means into the running ones; returns the mean and number of these."""
     # which rows are sentences is worked out on the CPU: the GPU is not waited for
     at = [torch.from_numpy(np.flatnonzero(a['document'] >= 0)).to(device, non_blocking=True) for a in arrays]
@@ -271,9 +281,25 @@ if master:
     print(f'{n_params / 1e6:.1f}M parameters, {train_data.n_tokens / 1e6:.1f}M tokens of training data, '
           f'{gradient_accumulation_steps * batch_size * block_size:,} tokens a step, {world_size} x {device}, {dtype}'
           f'{", compiled" if compile else ""}', flush=True)
-if not model.whitening.steps:  # the space is whitened before the first step, on 20 sentences a dimension
+if not step and start_passes and not model.config.hf:
+    began, n_start = time.time(), math.ceil(min(start_tokens, train_data.n_tokens) /
+                                            (gradient_accumulation_steps * batch_size * block_size))
+
+    def first_steps():
+        """This rank's batches of each of the first steps."""
+        return ([to_device(b) for b in micro_batches(i)] for i in range(n_start))
+    try:
+        table = lib.neighbour_embeddings(first_steps, model.token_weight, n_embd, start_passes, reduce=all_sum)
+    except ValueError as error:  # a sentence longer than block_size
+        stop(error)
+    model.encoder.embedding.weight.data.copy_(table)
+    model.target.embedding.weight.data.copy_(table)
+    del table
+    if master:
+        print(f'token embeddings start from {start_passes} passes: {time.time() - began:.0f} s', flush=True)
+if whiten and not model.whitening.steps:  # the space is whitened before the first step, on 50 sentences a dimension
     measured = 0
-    while measured < 20 * n_embd and model.whitening.steps < 200:
+    while measured < 50 * n_embd and model.whitening.steps < 200:
         try:
             arrays = micro_batches(int(model.whitening.steps))
             batches = [to_device(b) for b in arrays]
@@ -281,7 +307,7 @@ if not model.whitening.steps:  # the space is whitened before the first step, on
             stop(error)
         with torch.no_grad(), autocast:
             zs = [target_means(t, s, d.shape[1], masks(s, d)[0]) for t, s, d in batches]
-        measured += whiten(zs, arrays)[1]
+        measured += measure(zs, arrays)[1]
     model.whitening.refresh()
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -450,7 +476,7 @@ def run():
         arrays = upcoming.result()
         batches = [to_device(b) for b in arrays]
         upcoming = loader.submit(micro_batches, step + 1)
-        if dropout:
+        if dropout or reg == 'sigreg':
             torch.manual_seed(hash((seed, step, rank)))  # no generator state to save
         for group in optimizer.param_groups:
             group['lr'] = lr_at(step) * group['scale']
@@ -461,26 +487,26 @@ def run():
         views = [masks(s, d) for _, s, d in batches]
         with torch.no_grad(), autocast:
             zs = [target_means(t, s, d.shape[1], own) for (t, s, d), (own, _) in zip(batches, views)]
-        mean, _ = whiten(zs, arrays)
-        if step % whiten_interval == 0:
+        mean = measure(zs, arrays)[0] if whiten else None
+        if whiten and step % whiten_interval == 0:
             model.whitening.refresh()
         # counted on the CPU: the GPU is not waited for
         counts = [[int(lib.pairs(torch.from_numpy(b['document'])).sum()), (b['sentence'] >= 0).sum()] for b in arrays]
         n_pairs, seen, stopping = all_sum(torch.tensor([*map(sum, zip(*counts)), int(bool(interrupted))])).tolist()
         n_pairs = max(n_pairs, 1)
 
-        loss = torch.zeros((), device=device)
+        total_loss = torch.zeros((), device=device)
         for i, ((tokens, sentence, document), z, (_, context_mask)) in enumerate(zip(batches, zs, views)):
             sync = nullcontext() if not ddp or i == len(batches) - 1 else parallel.no_sync()
             with sync:
                 with autocast:
                     part = parallel(tokens, sentence, document, model.whitening(z, mean), context_mask) / n_pairs
                 (part * world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
-            loss += part.detach()
+            total_loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema = lib.momentum_at(step, max_iters, ema_start, ema_end)
+        ema = lib.momentum_at(step, max_iters, ema_start, ema_end) if target == 'ema' else 0.0
         model.update_target(ema)
         step += 1
 
@@ -488,7 +514,7 @@ def run():
         tokens_since, pairs_since = tokens_since + seen, pairs_since + n_pairs
         bar.update(1)
         if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
-            total = all_sum(torch.stack([loss, norm])).tolist()
+            total = all_sum(torch.stack([total_loss, norm])).tolist()
             if not all(map(math.isfinite, total)):
                 stop(f'step {step}: loss {total[0]:.3g}, gradient norm {total[1]:.3g}: not finite. The checkpoint in '
                      f'{out_dir} is older and whole; try a lower --learning_rate')

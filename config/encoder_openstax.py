@@ -10,7 +10,6 @@ block_size = 512
 ema_start = 0.98
 ema_end = 0.998
 learning_rate = 1e-3
-embedding_lr_scale = 100.0
 min_lr = 1e-5
 warmup_iters = 100
 max_iters = 3200

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -47,4 +48,22 @@ def corpus_dir(tmp_path_factory, texts):
     source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
     run('prepare.py', f'--dataset={source}', f'--data_dir={folder}/data', '--tokenizer=bpe:400', '--val_fraction=0.2',
         '--shard_tokens=2000', '--num_proc=1')
+    return str(folder / 'data')
+
+
+@pytest.fixture(scope='session')
+def turns_dir(tmp_path_factory):
+    """Prepared data in which each sentence takes turns with one of other words: what comes next has to be learned.
+
+    A document has one of 12 topics; its even and its odd sentences draw from different words of the topic.
+    """
+    rng = random.Random(0)
+    words = [''.join(rng.choice('bdfgklmnprstvz') + rng.choice('aeiou') for _ in range(3)) for _ in range(240)]
+    folder = tmp_path_factory.mktemp('turns')
+    with open(folder / 'text.txt', 'w') as f:
+        for _ in range(400):
+            topic = 20 * rng.randrange(12)
+            f.write(' '.join(' '.join(rng.choices(words[topic + 10 * (i % 2):topic + 10 * (i % 2) + 10], k=6)).capitalize() + '.'
+                             for i in range(12)) + '\n')
+    run('prepare.py', f'--dataset={folder}/text.txt', f'--data_dir={folder}/data', '--tokenizer=bpe:600', '--val_fraction=0.2')
     return str(folder / 'data')

@@ -1,4 +1,6 @@
-"""model.py: masks, leaks, whitening, measures, decoder, checkpoints."""
+"""model.py: masks, leaks, whitening, objectives, measures, decoder, checkpoints."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from prepare import Corpus
 def jepa(context='concepts', vocab=400):
     torch.manual_seed(0)
     net = lib.JEPA(lib.JEPAConfig(vocab, n_layer=2, n_head=2, n_embd=32, predictor_layer=2, context=context)).eval()
-    for block in net.predictor.blocks:  # away from the identity, so that the predictor's own paths are tested too
-        torch.nn.init.normal_(block.proj.weight, std=0.1)
-        torch.nn.init.normal_(block.down.weight, std=0.1)
+    for block in (*net.encoder.blocks, *net.predictor.blocks):  # away from the start, at which branches are zero
+        torch.nn.init.normal_(block.proj.weight, std=0.08)
+        torch.nn.init.normal_(block.down.weight, std=0.05)
+    net.target.load_state_dict(net.encoder.state_dict())
     return net
 
 
@@ -84,8 +87,53 @@ def test_the_predictor_starts_between_the_last_sentence_and_the_mean():
     c = lib.unit(torch.randn(2, 9, 32))
     p = lib.unit(net.predict_concepts(c, torch.zeros(2, 9, dtype=torch.long)))
     assert torch.allclose(p[:, 0], c[:, 0], atol=1e-5)
-    mean = c.cumsum(1) / torch.arange(1, 10)[None, :, None]
-    assert torch.allclose(p, lib.unit(c + 2 * mean), atol=0.1)
+    share = torch.stack([torch.exp(-0.4 * (i - torch.arange(9.))) * (torch.arange(9) <= i) for i in range(9)])
+    mean = (share / share.sum(1, keepdim=True)) @ c
+    assert torch.allclose(p, lib.unit(c + 8 * mean), atol=0.1)
+
+
+def test_an_encoder_starts_as_its_embeddings(batch):
+    tokens, sentence, document = batch
+    net = lib.JEPA(lib.JEPAConfig(400, n_layer=2, n_head=2, n_embd=32)).eval()
+    h = net.encoder(tokens, net.masks(sentence, document)[1])
+    assert torch.allclose(h, net.encoder.norm(net.encoder.embedding(tokens)))
+
+
+def test_start_of_embeddings_against_dense_algebra(batch):
+    """Two passes of neighbour_embeddings over one batch, sentence by sentence."""
+    tokens, sentence, document = batch
+    weight = torch.rand(400) + 0.5
+    torch.manual_seed(0)
+    found = lib.neighbour_embeddings(lambda: [[(tokens, sentence, document)]], weight, 8, 2)
+    torch.manual_seed(0)
+    random = torch.nn.functional.normalize(torch.randn(400, 8).double(), dim=-1)
+    table = random * 8 ** 0.5
+    rows = [(b, s, tokens[b][sentence[b] == s]) for b in range(len(tokens)) for s in range(int(sentence[b].max()) + 1)]
+    for _ in range(2):
+        means = torch.stack([(table[ids] * weight[ids, None]).mean(0) for _, _, ids in rows])
+        centred = means - means.mean(0)
+        value, vector = torch.linalg.eigh(centred.T @ centred / len(rows))
+        z = torch.nn.functional.normalize(centred @ (vector * value.clamp(min=0.01 * value.mean()).rsqrt()) @ vector.T, dim=-1)
+        new = torch.zeros_like(table)
+        for (b, s, ids), (c, t, before), i in zip(rows[1:], rows, range(len(rows))):  # a sentence and the one before
+            if b == c and document[b, s] == document[c, t]:
+                new.index_add_(0, ids, z[i].expand(len(ids), -1) / len(ids))
+                new.index_add_(0, before, z[i + 1].expand(len(before), -1) / len(before))
+        mixed = 0.7 * torch.nn.functional.normalize(new, dim=-1) + 0.3 * random
+        table = torch.nn.functional.normalize(mixed, dim=-1) * 8 ** 0.5
+    assert 0 < (new.abs().sum(1) > 0).sum() < 400  # some tokens do not come: they stay random
+    assert torch.allclose(found, table.float(), atol=1e-3)
+
+
+def test_words_of_a_topic_start_together():
+    torch.manual_seed(0)
+    tokens = 10 * torch.randint(0, 8, (64, 1)) + torch.randint(0, 10, (64, 40))  # a document each; 8 topics of 10 words
+    sentence, document = torch.arange(40).expand(64, -1) // 5, torch.zeros(64, 8, dtype=torch.long)
+    table = lib.neighbour_embeddings(lambda: [[(tokens, sentence, document)]], torch.ones(80), 8, 4, own=0)
+    near = (lib.unit(table) @ lib.unit(table).T).view(8, 10, 8, 10).mean((1, 3))
+    same = torch.eye(8, dtype=torch.bool)
+    assert near[same].min() > 0.9
+    assert near[~same].max() < 0.3
 
 
 def test_a_sentence_is_the_weighted_mean_of_its_tokens(batch):
@@ -233,33 +281,87 @@ def test_spans_equal_a_mask(batch, causal):
     assert (found[1][1] * ~real).abs().sum() == 0
 
 
-def test_contrast_equals_brute_force():
+def test_infonce_equals_brute_force():
     torch.manual_seed(5)
     document = torch.tensor([[0] * 12 + [1, 1, -1, -1], [0, 1, 1, 1] + [2] * 12, [0, 0, 0] + [-1] * 13])
     p, z = torch.randn(3, 16, 6, requires_grad=True), lib.unit(torch.randn(3, 16, 6))
-    found, counted = lib.contrast(p, z, document, window=3), lib.pairs(document)
+    found, counted = lib.distance(p, z, document, 'infonce'), lib.pairs(document)
     torch.where(counted, found, 0).sum().backward()
     assert p.grad.isfinite().all()
     for b, i in counted.nonzero().tolist():
-        near = [j for j in range(16) if document[b, j] == document[b, i] and i - 3 <= j <= i]
-        others = [j for j in range(16) if document[b, j] >= 0 and j not in near]
-        score = {j: float(lib.unit(p[b, i]) @ z[b, j]) / 0.05 for j in others}
-        expected = np.log(sum(np.exp(s) for s in score.values())) - score[i + 1]
+        others = [(c, j) for c in range(3) for j in range(16) if document[c, j] >= 0 and (c, j) != (b, i)]
+        score = {at: (lib.unit(p[b, i]) @ z[at]).item() / 0.1 for at in others}
+        expected = np.log(sum(np.exp(s) for s in score.values())) - score[b, i + 1]
         assert found[b, i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_contrast_reaches_the_predictor_only(batch):
+@pytest.mark.parametrize('loss', ['cosine', 'mse', 'smooth_l1', 'infonce'])
+def test_every_loss_is_least_where_prediction_and_target_agree(loss):
+    torch.manual_seed(6)
+    document = torch.zeros(2, 8, dtype=torch.long)
+    z = lib.unit(torch.randn(2, 8, 16))
+    right = 10 * 4 * torch.roll(z, -1, 1)  # the next concept, as long as the predictor's outputs are
+    assert (lib.distance(right, z, document, loss) < lib.distance(right + 40 * lib.unit(torch.randn_like(right)), z, document,
+                                                                  loss)).all()
+
+
+@pytest.mark.parametrize('objective', [{'loss': 'mse'}, {'loss': 'smooth_l1'}, {'loss': 'infonce'}, {'target': 'shared'},
+                                       {'reg': 'vicreg'}, {'reg': 'sigreg'}, {'target': 'shared', 'reg': 'sigreg'}])
+def test_each_switch_teaches_something_else(batch, objective):
     tokens, sentence, document = batch
-    grads = []
-    for weight in (0.0, 1.0):
+    taught = []
+    for chosen in ({}, objective):
         net = jepa().train()
-        net.contrast_weight = weight
+        net.objective = lib.Objective(**chosen)
         own, ctx = net.masks(sentence, document)
         z = net.target_means(tokens, sentence, document.shape[1], own)
         net(tokens, sentence, document, net.whitening(z), ctx).backward()
-        grads.append([torch.cat([p.grad.flatten() for p in part.parameters()]) for part in (net.encoder, net.predictor)])
-    assert torch.equal(grads[0][0], grads[1][0])
-    assert not torch.allclose(grads[0][1], grads[1][1])
+        taught.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]))
+        assert taught[-1].isfinite().all()
+    assert torch.nn.functional.cosine_similarity(*taught, dim=0) < 0.99
+
+
+def test_an_unknown_switch_is_named():
+    with pytest.raises(ValueError, match='--loss=l2: expected one of cosine'):
+        lib.Objective(loss='l2')
+
+
+@pytest.mark.parametrize('reg', [lib.vicreg, partial(lib.sigreg, directions=32)])
+def test_a_regulariser_does_what_it_is_known_for(reg):
+    """Points on a line become a cloud of unit variance in every direction."""
+    torch.manual_seed(7)
+    x = (0.7 * torch.randn(160, 1) * torch.ones(1, 6) + 0.05 * torch.randn(160, 6)).requires_grad_()
+    counted = torch.arange(160) < 128
+    others = x[128:].detach().clone()
+    optimizer = torch.optim.Adam([x], lr=0.03)
+    before = lib.rank_me(x[:128].detach())
+    for _ in range(900):
+        optimizer.zero_grad()
+        reg(x, counted).backward()
+        optimizer.step()
+    cloud = x[:128].detach() - x[:128].detach().mean(0)
+    spectrum = torch.linalg.eigvalsh(cloud.T @ cloud / 128)
+    assert before < 2
+    assert lib.rank_me(cloud) > 5.8
+    assert spectrum.min() > 0.7
+    assert spectrum.max() < 1.8
+    assert torch.equal(x[128:].detach(), others)  # rows that do not count get no gradient
+
+
+@pytest.mark.parametrize(('target', 'reaches'), [('ema', False), ('shared', True)])
+def test_only_a_shared_target_takes_a_gradient(batch, target, reaches):
+    tokens, sentence, document = batch
+    tokens = torch.where(sentence == 1, tokens % 100, 100 + tokens % 100)  # words of their own
+    net = jepa().train()
+    net.objective = lib.Objective(target=target)
+    one = torch.where(torch.arange(document.shape[1]) < 2, 0, -1).expand_as(document)
+    last = torch.where(sentence < 2, sentence, -1)  # two sentences a row: the second one is a target only
+    own, ctx = net.masks(last, one)
+    z = net.target_means(tokens, last, one.shape[1], own)
+    net(tokens, last, one, net.whitening(z), ctx).backward()
+    moved = net.encoder.embedding.weight.grad.abs().sum(1) > 0
+    assert moved[tokens[sentence == 0]].all()
+    assert (moved[tokens[sentence == 1]] == reaches).all()
 
 
 def decoder():

@@ -1,0 +1,166 @@
+"""One switch at a time: train, evaluate and compare, over the same text, tokens and seeds.
+
+    python tests/ablate.py --data_dir=data/openstax --work=out/ablate --sts=<STS-B dev>
+    python tests/ablate.py --data_dir=data/demo --work=out/ablate --rows=default,loss=mse --seeds=2
+
+A run that is finished is not run again, so that the same command goes on where it stopped, and several machines or
+cores can share the rows (--seeds=1 --first_seed=2, --rows=…, all with one --work). The table has means over seeds and, in
+brackets, 95 % intervals of these means (Student's t). A loss cannot be compared across rows; retrieval, skill, STS-B, rank and
+what a decoder makes of the concepts can. Writes tests/results/ablation.csv and ablation.png.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+
+# the settings of train_encoder.py that a row changes
+SEED_PROJECT = ['--loss=smooth_l1', '--whiten=False', '--context=tokens', '--pooling=mean', '--start_passes=0',
+                '--embedding_lr_scale=1', '--predictor_lr_scale=1',
+                '--max_sentences=9', '--block_size=288', '--batch_size=14']  # a window of 8 and the next one
+ROWS = {
+    'default': [],
+    'untrained': ['--learning_rate=0', '--max_iters=1'],
+    'untrained + start_passes=0': ['--learning_rate=0', '--max_iters=1', '--start_passes=0'],
+    'start_passes=0': ['--start_passes=0'],
+    'start_passes=0 + embedding_lr_scale=100': ['--start_passes=0', '--embedding_lr_scale=100'],
+    'loss=mse': ['--loss=mse'],
+    'loss=smooth_l1': ['--loss=smooth_l1'],
+    'loss=infonce': ['--loss=infonce'],
+    'target=stopgrad': ['--target=stopgrad'],
+    'target=shared': ['--target=shared'],
+    'whiten=False': ['--whiten=False'],
+    'reg=vicreg': ['--reg=vicreg'],
+    'reg=sigreg': ['--reg=sigreg', '--reg_weight=0.02'],
+    'shared + sigreg + not whitened': ['--target=shared', '--reg=sigreg', '--reg_weight=0.02', '--whiten=False'],
+    'shared + vicreg + not whitened': ['--target=shared', '--reg=vicreg', '--whiten=False'],
+    'context=tokens': ['--context=tokens'],
+    'predictor_layer=1': ['--predictor_layer=1'],
+    'predictor_layer=4': ['--predictor_layer=4'],
+    'pooling=mean': ['--pooling=mean'],
+    'ema .9': ['--ema_start=0.9', '--ema_end=0.9'],
+    'ema .998': ['--ema_start=0.998', '--ema_end=0.998'],
+    "seed project's recipe": SEED_PROJECT,
+}
+# (column, section, row, measure) of evaluate.py's metrics.json
+COLUMNS = [('corpus MRR', 'retrieval corpus', 'model', 'MRR'), ('copy-last', 'retrieval corpus', 'copy-last', 'MRR'),
+           ('in-document MRR', 'retrieval in document', 'model', 'MRR'),
+           ('in-document R@1', 'retrieval in document', 'model', 'R@1'), ('skill', 'feature similarity', 'model', 'skill'),
+           ('STS', 'STS, Spearman x 100', 'model', None), ('rank', 'geometry', 'model', 'rank_centred'),
+           ('unrelated cosine', 'geometry', 'model', 'cos_random'),
+           ('nats given the concept', 'perplexity', 'D(z)', 'nats per token')]
+
+
+def measured(path):
+    """{column: number} of a run's metrics.json."""
+    with open(path) as f:
+        sections = json.load(f)['metrics']
+    out = {}
+    for column, section, row, name in COLUMNS:
+        if section in sections:
+            values = sections[section][row]
+            out[column] = values[name] if name else next(iter(values.values()))
+    return out
+
+
+def run(script, *arguments):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f'ablate.py: {script} {" ".join(arguments)}: {done.stderr.strip().splitlines()[-1]}')
+
+
+def one(name, seed, a):
+    """metrics.json of one row and seed, trained and evaluated unless that is done."""
+    folder = os.path.join(a.work, f'{name}_{seed}'.replace(' ', '_').replace("'", ''))
+    path = os.path.join(folder, 'metrics.json')
+    if os.path.exists(path):
+        return path
+    shutil.rmtree(folder, ignore_errors=True)  # one that was stopped halfway
+    shared = [f'--data_dir={a.data_dir}', f'--out_dir={folder}', f'--seed={seed}']
+    run('train_encoder.py', *a.encoder.split(), *shared, f'--max_iters={a.iters}', f'--warmup_iters={a.iters // 8}',
+        f'--eval_interval={a.iters}', *ROWS[name])
+    if a.decoder_iters:
+        run('train_decoder.py', *a.decoder.split(), *shared, f'--max_iters={a.decoder_iters}',
+            f'--warmup_iters={a.decoder_iters // 8}', f'--eval_interval={a.decoder_iters}')
+    run('evaluate.py', f'--out_dir={folder}', f'--max_pairs={a.max_pairs}', f'--max_train_sentences={8 * a.max_pairs}',
+        '--max_generated=50', f'--max_scored={a.max_pairs}', '--dtype=bfloat16', *([f'--sts={a.sts}'] if a.sts else []))
+    for file in os.listdir(folder):
+        if file.endswith('.pt'):
+            os.unlink(os.path.join(folder, file))
+    return path
+
+
+def interval(values):
+    """(mean, half of its 95 % interval) of a few numbers; Student's t."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
+    return np.mean(values), t * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+
+
+def picture(table, path):
+    """Corpus and in-document MRR and STS of each row, with intervals."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    columns = [c for c in ('corpus MRR', 'in-document MRR', 'STS') if c in next(iter(table.values()))]
+    y = np.arange(len(table))[::-1]
+    _, axes = plt.subplots(1, len(columns), sharey=True, figsize=(3.2 * len(columns), 0.8 + 0.26 * len(table)), dpi=110)
+    for axis, column in zip(np.atleast_1d(axes), columns):
+        mean, half = np.array([row[column] for row in table.values()]).T
+        axis.errorbar(mean, y, xerr=np.nan_to_num(half), fmt='o', color='black', markersize=4, capsize=2)
+        axis.axvline(mean[0], color='0.6', linestyle=':')
+        axis.set(xlabel=column, yticks=y, yticklabels=list(table))
+        axis.grid(alpha=0.3)
+    plt.savefig(path, bbox_inches='tight', metadata={'Software': None})
+    plt.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data_dir', default='data/openstax')
+    parser.add_argument('--work', default='out/ablate', help='folder of the runs')
+    parser.add_argument('--results', default=os.path.join(HERE, 'results'))
+    parser.add_argument('--rows', default='', help='comma-separated; none: all')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--first_seed', type=int, default=1)
+    parser.add_argument('--encoder', default='config/encoder_openstax.py --n_embd=192 --n_head=3', help='its arguments')
+    parser.add_argument('--decoder', default='config/decoder_openstax.py --n_embd=192 --n_head=3', help='its arguments')
+    parser.add_argument('--iters', type=int, default=150, help='steps of the encoder')
+    parser.add_argument('--decoder_iters', type=int, default=0, help='steps of a decoder for each; 0: none')
+    parser.add_argument('--max_pairs', type=int, default=600)
+    parser.add_argument('--sts', default='')
+    a = parser.parse_args()
+    a.data_dir, a.work = (os.path.abspath(p) for p in (a.data_dir, a.work))
+    names = [n for n in ROWS if n in a.rows.split(',')] if a.rows else list(ROWS)
+    if a.rows and len(names) < len(a.rows.split(',')):
+        raise SystemExit(f"ablate.py: --rows={a.rows}: expected some of {', '.join(ROWS)}")
+    seeds = range(a.first_seed, a.first_seed + a.seeds)
+    found = {name: [] for name in names}
+    for seed in seeds:
+        for name in names:
+            found[name].append(measured(one(name, seed, a)))
+            print(f"{name}, seed {seed}: " + ', '.join(f'{k} {v:.3f}' for k, v in found[name][-1].items()), flush=True)
+    table = {name: {c: interval([r[c] for r in runs]) for c in runs[0]} for name, runs in found.items()}
+    columns = list(next(iter(table.values())))
+    print('\n| |' + ' | '.join(columns) + ' |\n|---|' + '---:|' * len(columns))
+    for name, row in table.items():
+        print(f'| {name} | ' + ' | '.join(f'{m:.3f} (± {h:.3f})' if abs(m) < 10 else f'{m:.1f} (± {h:.1f})'
+                                          for m, h in row.values()) + ' |')
+    os.makedirs(a.results, exist_ok=True)
+    with open(os.path.join(a.results, 'ablation.csv'), 'w', newline='') as f:
+        writer = csv.writer(f)
+        writer.writerow(['row', 'settings', 'seeds', 'steps', *(x for c in columns for x in (c, f'{c}, half of 95 % interval'))])
+        writer.writerows([name, ' '.join(ROWS[name]), len(seeds), a.iters, *(f'{x:.4f}' for v in row.values() for x in v)]
+                         for name, row in table.items())
+    picture(table, os.path.join(a.results, 'ablation.png'))
+
+
+if __name__ == '__main__':
+    main()
