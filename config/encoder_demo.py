@@ -12,5 +12,5 @@ ema_end = 0.996
 learning_rate = 1e-3
 min_lr = 1e-5
 warmup_iters = 40
-max_iters = 300
+max_iters = 200
 eval_interval = 100
