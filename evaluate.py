@@ -500,10 +500,12 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, pro
     concepts = unit(z[at])
     with torch.inference_mode(), decoder.autocast:
         none = decoder.model.generate(torch.zeros(1, z.shape[1], device=decoder.device),
-                                      keep=torch.zeros(1, dtype=torch.bool, device=decoder.device))[0].tolist()
+                                      sure=torch.zeros(1, device=decoder.device))[0].tolist()
     eos = decoder.model.config.eos
     none = decoder.tokenizer.decode(none[:none.index(eos)] if eos in none else none)
-    rebuilt, predicted = (decoder.generate(c, batch_size=batch_size) for c in (concepts, p[at]))
+    sure = decoder.prediction_sure
+    rebuilt = decoder.generate(concepts, batch_size=batch_size)
+    predicted = decoder.generate(p[at], batch_size=batch_size, sure=sure)
     wrote = {'reconstruct': rebuilt, 'reconstruct, shuffled concept': [rebuilt[i] for i in shuffled],
              'predict': predicted, 'predict, shuffled concept': [predicted[i] for i in shuffled],
              'no concept': [none] * len(at),
@@ -527,7 +529,7 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, pro
     roll = np.roll(some, len(some) // 2)
     given = {'D(z)': z[some], 'D(z), shuffled': z[roll], 'D(p)': p[some], 'D(p), shuffled': p[roll],
              'mean concept': np.repeat(unit(mean_target)[None], len(some), 0), 'no concept': None}
-    nats = {name: decoder.nll(sentences, c, batch_size) for name, c in given.items()}
+    nats = {name: decoder.nll(sentences, c, batch_size, sure if 'D(p)' in name else 1.0) for name, c in given.items()}
     for name, n in nats.items():
         mean, low, high = bootstrap(n / tokens, document[some], tokens)
         gain, gain_low, gain_high = bootstrap((nats['no concept'] - n) / tokens, document[some], tokens)
@@ -696,7 +698,8 @@ def answer(encoder, decoder, corpus, text):
             print(f'  reconstruction: {decoder.generate(z[i:i + 1], **write)[0]}')
         print('  nearest in validation:')
         nearest(z[i])
-    print('next sentence' + (f', in words: {decoder.generate(p[None], **write)[0]}' if decoder else ':'))
+    words = decoder and decoder.generate(p[None], sure=decoder.prediction_sure, **write)[0]
+    print(f'next sentence, in words: {words}' if decoder else 'next sentence:')
     print('  nearest in validation:')
     nearest(p)
 

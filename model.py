@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
-FORMAT = 3  # of checkpoints
+FORMAT = 4  # of checkpoints
 HEAD_CHUNK = 1024  # positions whose logits are held at once in training
 
 
@@ -854,16 +854,16 @@ class Decoder(nn.Module):
         """What tokens (...) add to `said`: (..., n_embd)."""
         return self.embedding(tokens) * self.token_weight[tokens][..., None]
 
-    def head_input(self, x, concepts, said, keep=None):
+    def head_input(self, x, concepts, said, sure=None):
         """What the head reads (..., n_embd): of x, what leaves the last block, unit-norm concepts and `said`."""
         rest = self.direct(concepts * self.config.concept_dim ** 0.5) - self.spent * said
-        return self.norm(x) + (rest if keep is None else rest * keep[..., None])
+        return self.norm(x) + (rest if sure is None else rest * sure[..., None])
 
-    def prefixes(self, concepts, keep=None):
-        """Unit-norm concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional prefix where not keep."""
+    def prefixes(self, concepts, sure=None):
+        """Unit-norm concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional one where sure is 0."""
         x = self.prefix(concepts * self.config.concept_dim ** 0.5).float()  # the residual stream is fp32
-        if keep is not None:
-            x = torch.where(keep[..., None], x, self.no_concept)
+        if sure is not None:
+            x = torch.lerp(self.no_concept, x, sure[..., None])
         return x.unflatten(-1, (self.config.n_prefix, self.config.n_embd))
 
     @staticmethod
@@ -884,25 +884,26 @@ class Decoder(nn.Module):
         target = torch.where(last, self.config.eos, F.pad(tokens[:, 1:], (0, 1)))
         return place, target, (sentence >= 0) & (place >= self.config.n_prefix - 1)
 
-    def forward(self, tokens, sentence, concepts, mask, keep=None):
+    def forward(self, tokens, sentence, concepts, mask, sure=None):
         """Cross-entropy in nats, summed over the positions that count: the loss.
 
-        tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix); concepts (B, S, concept_dim); keep (B, S) or None.
+        tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix); concepts (B, S, concept_dim); sure (B, S), from 1
+        for a concept that is the sentence's own to 0 for none, or None: 1 for all.
         """
-        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, keep)
+        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, sure)
         return HeadCrossEntropy.apply(x.flatten(0, 1), self.head.weight, target.flatten(), counted.flatten(),
                                       torch.is_grad_enabled())
 
-    def losses(self, tokens, sentence, concepts, mask, keep=None):
+    def losses(self, tokens, sentence, concepts, mask, sure=None):
         """As forward, of each position (B, T), 0 where none is counted."""
-        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, keep)
+        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, sure)
         loss = F.cross_entropy(self.head(x).flatten(0, 1).float(), target.flatten(), reduction='none')
         return loss.view_as(target) * counted
 
-    def head_inputs(self, tokens, sentence, concepts, mask, keep=None):
+    def head_inputs(self, tokens, sentence, concepts, mask, sure=None):
         """What the head reads (B, T, n_embd), targets and which of them count (B, T); arguments as in forward."""
         place, target, counted = self.layout(tokens, sentence)
-        prefix = self.prefixes(concepts, keep).flatten(1, 2)  # (B, S * P, n_embd)
+        prefix = self.prefixes(concepts, sure).flatten(1, 2)  # (B, S * P, n_embd)
         at = sentence.clamp(min=0) * self.config.n_prefix + place.clamp(max=self.config.n_prefix - 1)
         prefix = prefix.gather(1, at[..., None].expand(-1, -1, prefix.shape[-1]))
         x = torch.where((place < self.config.n_prefix)[..., None], prefix, self.embedding(tokens))
@@ -915,7 +916,7 @@ class Decoder(nn.Module):
         last = position + place_in_sentence(sentence.flip(1)).flip(1)
         words = self.words(tokens) * (place >= self.config.n_prefix)[..., None]
         said = RunningSum.apply(words, position - place, last)
-        return self.head_input(x, own, said, None if keep is None else keep.gather(1, at)), target, counted
+        return self.head_input(x, own, said, None if sure is None else sure.gather(1, at)), target, counted
 
     def flops(self, n_positions, n_seen):
         """Floating-point operations of a training step on so many positions, prefixes included and padding not; n_seen:
@@ -925,15 +926,15 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None, cache=True,
-                 keep=None):
+                 sure=None):
         """Token ids (n, at most max_tokens) written from concepts (n, concept_dim), eos and what follows it included.
 
         temperature 0 takes the likeliest token; otherwise samples, among the top_k likeliest (0: all) and the
         likeliest that make up top_p of the probability. `cache=False` reads the whole prefix again for each token.
-        `keep` (n,) is False where the sentence is written without its concept.
+        `sure` (n,), as in forward, is 0 where the sentence is written without a concept.
         """
         config, n, device = self.config, len(concepts), concepts.device
-        inputs = self.prefixes(concepts, keep)  # (n, P, n_embd)
+        inputs = self.prefixes(concepts, sure)  # (n, P, n_embd)
         length = config.n_prefix + max_tokens
         shape = (n, config.n_head, length, self.head_dim)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
@@ -953,7 +954,7 @@ class Decoder(nn.Module):
             h, end = x, seen + T
             for block, (keys, values) in zip(self.blocks, caches):
                 h = block(h, (cos[seen:end], sin[seen:end]), mask, (keys, values, seen))
-            logits = self.head(self.head_input(h[:, -1], concepts, said, keep)).float()
+            logits = self.head(self.head_input(h[:, -1], concepts, said, sure)).float()
             token = sample(logits, temperature, top_k, top_p, generator)
             said = said + self.words(token)
             out = torch.cat((out, token[:, None]), 1)
@@ -1143,42 +1144,50 @@ class SentenceEncoder:
 class ConceptDecoder:
     """Concepts to sentences. From load_decoder."""
 
-    def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32', encoder_fingerprint=None):
+    def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32', encoder_fingerprint=None,
+                 prediction_sure=1.0):
         self.model, self.tokenizer, self.device = decoder.to(device).eval(), tokenizer, torch.device(device)
         self.autocast = torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != 'float32')
-        self.encoder_fingerprint = encoder_fingerprint
+        self.encoder_fingerprint, self.prediction_sure = encoder_fingerprint, prediction_sure
 
-    def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0):
-        """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same samples."""
+    def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0, sure=1.0):
+        """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same samples.
+
+        `sure`: 1 for the concept of a sentence; `prediction_sure`, the length that fits predictions best, for one that
+        is predicted.
+        """
         concepts = torch.as_tensor(np.atleast_2d(np.asarray(concepts)), dtype=torch.float32)
         generator = torch.Generator(self.device).manual_seed(seed)
         texts = []
         for start in range(0, len(concepts), batch_size):
             with self.autocast:
-                ids = self.model.generate(unit(concepts[start:start + batch_size]).to(self.device), max_tokens,
-                                          temperature, top_k, top_p, generator)
+                part = unit(concepts[start:start + batch_size]).to(self.device)
+                ids = self.model.generate(part, max_tokens, temperature, top_k, top_p, generator,
+                                          sure=torch.full((len(part),), float(sure), device=self.device))
             for row in ids.tolist():
                 end = row.index(self.model.config.eos) if self.model.config.eos in row else len(row)
                 texts.append(self.tokenizer.decode(row[:end]))
         return texts
 
     @torch.inference_mode()
-    def nll(self, sequences, concepts=None, batch_size=64) -> np.ndarray:
-        """Nats (n,) that each token sequence costs given its concept (n, d), its end included; None: no concept."""
+    def nll(self, sequences, concepts=None, batch_size=64, sure=1.0) -> np.ndarray:
+        """Nats (n,) that each token sequence costs given its concept (n, d), its end included; None: no concept.
+
+        `sure` as in generate.
+        """
         config, out = self.model.config, np.empty(len(sequences))
         if concepts is None:
-            concepts, conditional = np.zeros((len(sequences), config.concept_dim), np.float32), False
-        else:
-            concepts, conditional = np.asarray(concepts, np.float32), True
+            concepts, sure = np.zeros((len(sequences), config.concept_dim), np.float32), 0.0
+        concepts = np.asarray(concepts, np.float32)
         for index, ids, lengths in rows_by_length(sequences, batch_size):
             tokens = F.pad(torch.from_numpy(ids), (config.n_prefix, 0)).to(self.device)
             inside = np.arange(tokens.shape[1]) < lengths[:, None] + config.n_prefix
             sentence = torch.from_numpy(inside).to(self.device).long() - 1
             given = unit(torch.from_numpy(concepts[index]).to(self.device))[:, None]
-            keep = torch.full((len(index), 1), conditional, device=self.device)
+            given_sure = torch.full((len(index), 1), float(sure), device=self.device)
             mask = self.model.mask(sentence)
             with self.autocast:
-                loss = self.model.losses(tokens, sentence, given, mask, keep)
+                loss = self.model.losses(tokens, sentence, given, mask, given_sure)
             out[index] = loss.double().sum(1).cpu().numpy()
         return out
 
@@ -1200,4 +1209,5 @@ def load_decoder(path, device='cpu', dtype='float32') -> ConceptDecoder:
     state = load_checkpoint(path, 'decoder', device)
     decoder = Decoder(DecoderConfig(**state['config']))
     decoder.load_state_dict(state['model'])
-    return ConceptDecoder(decoder, load_tokenizer(state['tokenizer']), device, dtype, state['encoder_fingerprint'])
+    return ConceptDecoder(decoder, load_tokenizer(state['tokenizer']), device, dtype, state['encoder_fingerprint'],
+                          state['prediction_sure'])

@@ -53,6 +53,7 @@ n_embd = 768
 n_prefix = 2  # positions that carry the concept
 dropout = 0.0
 concept_noise = 0.1  # length of the Gaussian noise added to a unit-norm concept while training
+concept_blur = 0.3  # share of sentences whose concept is mixed with noise and given as less sure: as predictions are
 concept_dropout = 0.1  # share of sentences written without their concept: what perplexity is compared with
 # optimizer: AdamW
 learning_rate = 6e-4
@@ -76,7 +77,7 @@ settings = override(globals(), limits={
                      'n_embd', 'gradient_accumulation_steps', 'n_prefix'), (1, math.inf)),
     **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
                      'weight_decay', 'weight_decay_end', 'grad_clip', 'concept_noise'), (0, math.inf)),
-    **dict.fromkeys(('dropout', 'concept_dropout'), (0, 1)),
+    **dict.fromkeys(('dropout', 'concept_dropout', 'concept_blur'), (0, 1)),
     **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999))})
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,6 +261,37 @@ def inputs(tokens, sentence, document):
     return model.mask(sentence, attention), jepa.whitening(z)
 
 
+def blurred(concepts):
+    """Concepts (B, S, D) as training gives them, and how sure each is (B, S): 1 but for a little noise, 0 for none.
+
+    A share `concept_blur` is given as predictions are: right by `sure` of its direction, the rest noise.
+    """
+    draw = torch.rand(2, *concepts.shape[:2], device=concepts.device)
+    noise = torch.randn_like(concepts) / concepts.shape[-1] ** 0.5
+    sure = torch.where(draw[0] < concept_blur, draw[1], 1.0)[..., None]
+    share = torch.where(sure < 1, (1 - sure.square()).sqrt(), concept_noise)
+    mixed = sure * concepts + share * noise
+    none = draw[0] >= 1 - concept_dropout
+    return lib.unit(mixed), torch.where(none, 0.0, sure[..., 0])
+
+
+@torch.no_grad()
+def prediction_sure(n=4):
+    """How sure predictions are: the length at which, of unit norm, they come nearest to the concepts of n batches."""
+    ps, zs = [], []
+    for i in range(n):
+        tokens, sentence, document = to_device(train_data.batch(i, **rows, seed=seed))
+        words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
+        _, concepts = inputs(tokens, sentence, document)
+        with autocast:
+            p = jepa.predict_concepts(concepts, document) if jepa.config.context == 'concepts' else \
+                jepa.predict(tokens, words, document, jepa.masks(words, document, encoder_attention)[1])
+        at = lib.pairs(document)
+        ps.append(lib.unit(p[:, :-1][at]))
+        zs.append(concepts[:, 1:][at])
+    return min(max(lib.fit_scale(torch.cat(ps), torch.cat(zs)).item(), 0.0), 1.0)
+
+
 @torch.no_grad()
 def evaluate():
     """Validation nats per token (the end of a sentence counts as one) given the concept, another's, and none."""
@@ -268,13 +300,13 @@ def evaluate():
     for i in range(eval_iters):
         tokens, sentence, document = to_device(val_data.batch(i, **rows, rank=rank, world_size=world_size))
         mask, concepts = inputs(tokens, sentence, document)
-        keep = document >= 0
+        used = document >= 0
         others = concepts.clone()
-        others[keep] = concepts[keep].roll(1, 0)
+        others[used] = concepts[used].roll(1, 0)
         with autocast:
-            for j, (c, k) in enumerate(((concepts, keep), (others, keep), (concepts, keep & False))):
-                sums[j] += compiled(tokens, sentence, c, mask, k).double()
-        sums[3] += (sentence >= 0).sum() - (n_prefix - 1) * keep.sum()
+            for j, (c, sure) in enumerate(((concepts, 1.0), (others, 1.0), (concepts, 0.0))):
+                sums[j] += compiled(tokens, sentence, c, mask, torch.full(document.shape, sure, device=device)).double()
+        sums[3] += (sentence >= 0).sum() - (n_prefix - 1) * used.sum()
     model.train()
     sums = all_sum(sums)
     given, shuffled, none = (sums[:3] / sums[3]).tolist()
@@ -302,7 +334,7 @@ def save(name):
         'kind': 'decoder', 'config': asdict(model.config), 'model': model.state_dict(),
         'optimizer': optimizer.state_dict(), 'tokenizer': train_data.tokenizer_spec, 'settings': settings, 'step': step,
         'best_loss': best_loss, 'metrics_bytes': os.path.getsize(metrics_path), 'seen_tokens': seen_tokens,
-        'encoder_fingerprint': encoder_fingerprint})
+        'encoder_fingerprint': encoder_fingerprint, 'prediction_sure': predictions_are_sure})
 
 
 if master:
@@ -374,12 +406,11 @@ def run():
         loss = torch.zeros((), device=device)
         for i, (tokens, sentence, document) in enumerate(batches):
             mask, concepts = inputs(tokens, sentence, document)
-            noise = torch.randn_like(concepts) * (concept_noise / concepts.shape[-1] ** 0.5)
-            keep = torch.rand(document.shape, device=device) >= concept_dropout
+            concepts, sure = blurred(concepts)
             sync = nullcontext() if not ddp or i == len(batches) - 1 else parallel.no_sync()
             with sync:
                 with autocast:
-                    part = parallel(tokens, sentence, lib.unit(concepts + noise), mask, keep) / max(seen, 1)
+                    part = parallel(tokens, sentence, concepts, mask, sure) / max(seen, 1)
                 (part * world_size).backward()  # DDP averages over ranks, and seen counts all of them
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -408,6 +439,7 @@ def run():
 
 
 first_step, interrupted = step, 0
+predictions_are_sure = prediction_sure()
 model.train()
 try:
     stopped = run()

@@ -373,6 +373,21 @@ def decoder():
     return net
 
 
+def test_how_sure_a_concept_is(batch):
+    """From none, where another concept changes nothing, to the sentence's own."""
+    tokens, sentence, document = batch
+    net, c = decoder(), lib.unit(torch.randn(*document.shape, 32))
+
+    def losses(concepts, sure):
+        given = None if sure is None else torch.full(document.shape, sure)
+        with torch.no_grad():
+            return net.losses(tokens, sentence, concepts, net.mask(sentence), given)
+    assert torch.equal(losses(c, 0.0), losses(-c, 0.0))
+    assert torch.allclose(losses(c, 1.0), losses(c, None), atol=1e-5)
+    near, far = ((losses(c, s) - losses(c, 0.0)).abs().sum() for s in (0.1, 1.0))
+    assert 0 < near < far
+
+
 @pytest.mark.parametrize('width', [16, 32, 48])
 def test_a_decoder_starts_with_the_words_of_a_concept(corpus_dir, width):
     corpus = Corpus(corpus_dir, 'val')
@@ -457,11 +472,11 @@ def test_a_run_is_compiled_once(corpus_dir):
         own, context = net.masks(sentence, document)
         z = means(tokens, sentence, 16, own)
         forward(tokens, sentence, document, net.whitening(z), context).backward()
-        concepts, keep = lib.unit(torch.randn(2, 16, 32)), torch.rand(2, 16) > 0.5
-        write(tokens, sentence, concepts, writer.mask(sentence), keep).backward()
+        concepts, sure = lib.unit(torch.randn(2, 16, 32)), torch.rand(2, 16)
+        write(tokens, sentence, concepts, writer.mask(sentence), sure).backward()
         if i % 2:
             with torch.no_grad():
-                write(tokens, sentence, concepts, writer.mask(sentence), keep)
+                write(tokens, sentence, concepts, writer.mask(sentence), sure)
         graphs.append(counters['stats']['unique_graphs'])
     assert graphs[0] >= 3
     assert graphs[1] == graphs[-1]  # the first evaluation, without gradients, is a graph of its own
