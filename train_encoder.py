@@ -67,7 +67,8 @@ ema_end = 0.999
 whiten_rate = 0.99  # how much of the running covariance is kept a step
 whiten_floor = 0.01  # eigenvalues below this share of their mean are raised to it
 whiten_interval = 10  # steps between recomputations of C^-1/2
-# optimizer: AdamW
+# optimizer
+optimizer = 'adamw'  # 'muon': the matrices by Muon, at the same rates; the rest by AdamW
 learning_rate = 6e-4
 embedding_lr_scale = 10.0  # token embeddings from scratch learn so many times as fast
 predictor_lr_scale = 0.1  # the predictor, so many
@@ -153,6 +154,8 @@ if compile not in (True, False):
     stop(f"--compile={compile}: expected True, False or 'auto'")
 if target == 'shared' and context != 'concepts':
     stop("--target=shared needs --context=concepts: one view for both sides")
+if optimizer not in ('adamw', 'muon'):
+    stop(f"--optimizer={optimizer}: expected 'adamw' or 'muon'")
 if dtype not in ('float32', 'bfloat16'):
     stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
 if gradient_accumulation_steps % world_size:
@@ -211,8 +214,9 @@ try:
             architecture |= {k: state['config'][k] for k in ('hf', 'n_layer', 'n_head', 'n_embd')}
         if state['tokenizer']['sha256'] != train_data.tokenizer_spec['sha256']:
             stop(f'{checkpoint_path} was trained on data of another tokenizer than {data_dir}')
-        if state['settings']['pooling'] != pooling:
-            stop(f"{checkpoint_path} was trained with pooling='{state['settings']['pooling']}': set it back")
+        for name, value in (('pooling', pooling), ('optimizer', optimizer)):
+            if state['settings'][name] != value:
+                stop(f"{checkpoint_path} was trained with {name}='{state['settings'][name]}': set it back")
         for name, value in architecture.items():
             if state['config'][name] != value and name != 'dropout':
                 stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
@@ -240,7 +244,11 @@ if not state and pooling == 'sif':
     model.token_weight.copy_(lib.sif_weights(torch.from_numpy(train_data.token_counts())))
 model.to(device)
 groups = lib.optimizer_groups(model, weight_decay, 1.0 if model.config.hf else embedding_lr_scale, predictor_lr_scale)
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+by_adamw = [g for g in groups if optimizer == 'adamw' or not g['decays']]  # what decays is a matrix
+by_muon = [g for g in groups if optimizer == 'muon' and g['decays']]
+optimizers = [torch.optim.AdamW(by_adamw, lr=learning_rate, betas=(beta1, beta2), fused=True)]
+if by_muon:
+    optimizers.append(torch.optim.Muon(by_muon, lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
 step, best_mrr, metrics_bytes, seen_tokens = 0, -1.0, 0, 0
 if state:
     if master:
@@ -248,9 +256,11 @@ if state:
             if settings[name] != state['settings'][name]:
                 print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
     model.load_state_dict(state['model'])
-    optimizer.load_state_dict(state['optimizer'])
-    for group, fresh in zip(optimizer.param_groups, groups):  # settings of now, moments of then
-        group.update(scale=fresh['scale'], betas=(beta1, beta2))
+    for o, saved in zip(optimizers, state['optimizers']):  # settings of now, moments of then
+        scales = [g['scale'] for g in o.param_groups]
+        o.load_state_dict(saved)
+        for group, scale in zip(o.param_groups, scales):
+            group.update({'scale': scale} | ({'betas': (beta1, beta2)} if 'betas' in group else {}))
     step, best_mrr = state['step'], state['best_mrr']
     metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
 del state, weights  # memory for the run
@@ -413,8 +423,9 @@ def save(name):
     """Write the state after `step` steps to out_dir/name, whole or not at all."""
     lib.save_checkpoint(os.path.join(out_dir, name), {
         'kind': 'encoder', 'config': asdict(model.config), 'model': model.state_dict(),
-        'optimizer': optimizer.state_dict(), 'tokenizer': train_data.tokenizer_spec, 'settings': settings, 'step': step,
-        'best_mrr': best_mrr, 'metrics_bytes': os.path.getsize(metrics_path), 'seen_tokens': seen_tokens})
+        'optimizers': [o.state_dict() for o in optimizers], 'tokenizer': train_data.tokenizer_spec,
+        'settings': settings, 'step': step, 'best_mrr': best_mrr, 'metrics_bytes': os.path.getsize(metrics_path),
+        'seen_tokens': seen_tokens})
 
 
 if master:
@@ -478,7 +489,7 @@ def run():
         upcoming = loader.submit(micro_batches, step + 1)
         if dropout or reg == 'sigreg':
             torch.manual_seed(hash((seed, step, rank)))  # no generator state to save
-        for group in optimizer.param_groups:
+        for group in (g for o in optimizers for g in o.param_groups):
             group['lr'] = lr_at(step) * group['scale']
             if group['decays']:
                 group['weight_decay'] = lib.momentum_at(step, max_iters, weight_decay, weight_decay_end)
@@ -504,8 +515,9 @@ def run():
                 (part * world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
             total_loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for o in optimizers:
+            o.step()
+        model.zero_grad(set_to_none=True)
         ema = lib.momentum_at(step, max_iters, ema_start, ema_end) if target == 'ema' else 0.0
         model.update_target(ema)
         step += 1

@@ -46,6 +46,8 @@ ROWS = {
     'predictor_layer=1': ['--predictor_layer=1'],
     'predictor_layer=4': ['--predictor_layer=4'],
     'pooling=mean': ['--pooling=mean'],
+    'optimizer=muon': ['--optimizer=muon'],
+    'optimizer=muon + learning_rate x 3': ['--optimizer=muon', '--learning_rate=3e-3', '--embedding_lr_scale=3.3'],
     'ema .9': ['--ema_start=0.9', '--ema_end=0.9'],
     'ema .998': ['--ema_start=0.998', '--ema_end=0.998'],
     "seed project's recipe": SEED_PROJECT,

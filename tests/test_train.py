@@ -73,8 +73,8 @@ def test_resume_is_exact(straight, corpus_dir, tmp_path):
     run('train_encoder.py', *encoder, '--init_from=resume')
     a, b = weights(f'{straight}/encoder.pt'), weights(f'{out}/encoder.pt')
     assert_equal(a, b)
-    for i, state in a['optimizer']['state'].items():
-        assert torch.equal(state['exp_avg_sq'], b['optimizer']['state'][i]['exp_avg_sq'])
+    for i, state in a['optimizers'][0]['state'].items():
+        assert torch.equal(state['exp_avg_sq'], b['optimizers'][0]['state'][i]['exp_avg_sq'])
 
     def logged(folder, name):
         return {(r['step'], bool(r['val_loss'])): r for r in rows(f'{folder}/{name}')}
@@ -88,6 +88,15 @@ def test_resume_is_exact(straight, corpus_dir, tmp_path):
     assert code == 143, said
     run('train_decoder.py', *decoder, '--init_from=resume')
     assert_equal(weights(f'{straight}/decoder.pt'), weights(f'{out}/decoder.pt'))
+
+
+def test_resume_is_exact_with_muon_and_random_directions(corpus_dir, tmp_path):
+    one, two = ([f'--data_dir={corpus_dir}', f'--out_dir={tmp_path}/{name}', *ENCODER, '--optimizer=muon', '--reg=sigreg',
+                 '--lr_decay_iters=6', '--ema_start=0.9', '--ema_end=0.9'] for name in ('one', 'two'))
+    run('train_encoder.py', *one, '--max_iters=6')
+    run('train_encoder.py', *two, '--max_iters=3')
+    run('train_encoder.py', *two, '--max_iters=6', '--init_from=resume')
+    assert_equal(weights(tmp_path / 'one' / 'encoder.pt'), weights(tmp_path / 'two' / 'encoder.pt'))
 
 
 def test_a_stop_before_the_first_step_is_quiet(corpus_dir, tmp_path):
@@ -106,7 +115,7 @@ def torchrun(script, *arguments):
 
 
 def test_two_ranks_are_one_process(corpus_dir, tmp_path):
-    exact = ['--dropout=0', '--dtype=float32', '--concept_noise=0', '--concept_dropout=0']
+    exact = ['--dropout=0', '--dtype=float32', '--concept_noise=0', '--concept_blur=0', '--concept_dropout=0']
     # Adam turns a gradient's rounding into a step where the gradient is near 0: embeddings at their own rate move far
     encoder = [f'--data_dir={corpus_dir}', *ENCODER, *exact[:2], '--embedding_lr_scale=1']
     run('train_encoder.py', *encoder, f'--out_dir={tmp_path}/one')
@@ -171,6 +180,9 @@ def test_the_copies_of_the_glue_are_equal():
     ('train_encoder.py', ['--device=gpu'], "'cuda'"),
     ('train_encoder.py', ['--n_head=0'], 'n_head=0'),
     ('train_encoder.py', ['--pooling=max'], 'sif'),
+    ('train_encoder.py', ['--optimizer=sgd'], 'muon'),
+    ('train_encoder.py', ['--loss=l2'], 'smooth_l1'),
+    ('train_encoder.py', ['--target=shared', '--context=tokens'], 'concepts'),
     ('train_decoder.py', ['--eval_interval=0'], 'eval_interval=0'),
     ('train_encoder.py', ['--init_from=resume', '--out_dir=nowhere'], 'no encoder'),
     ('train_decoder.py', ['--out_dir=nowhere'], 'train_encoder.py')])
@@ -200,7 +212,7 @@ def test_a_resumed_run_keeps_its_pooling_and_takes_new_rates(straight, corpus_di
     assert "pooling='sif'" in done.stderr
     done = run('train_encoder.py', *arguments, '--embedding_lr_scale=7', '--beta1=0.8')
     assert 'embedding_lr_scale is now 7.0' in done.stdout
-    groups = lib.load_checkpoint(f'{tmp_path}/out', 'encoder')['optimizer']['param_groups']
+    groups = lib.load_checkpoint(f'{tmp_path}/out', 'encoder')['optimizers'][0]['param_groups']
     assert {g['scale'] for g in groups} == {7.0, 1.0, 0.1}
     assert all(g['betas'][0] == 0.8 for g in groups)
 
@@ -220,14 +232,14 @@ def test_nothing_is_overwritten(straight, corpus_dir):
 def test_ablation_in_miniature(corpus_dir, tmp_path):
     """The table has a row for each, and what is done is not done again."""
     small = ' '.join(a for a in SMALL if 'iters' not in a and 'interval' not in a)
-    names = ['default', 'shared + sigreg + not whitened', "seed project's recipe"]
+    names = ['default', "seed project's recipe"]
     command = ['tests/ablate.py', f'--data_dir={corpus_dir}', f'--work={tmp_path}/runs', f'--results={tmp_path}', '--seeds=1',
                '--iters=3', '--max_pairs=20', f'--encoder={small} --eval_iters=2', f"--rows={','.join(names)}"]
     run(*command)
     table = rows(tmp_path / 'ablation.csv')
     assert [r['row'] for r in table] == names
     assert all(0 < float(r['corpus MRR']) <= 1 and 1 <= float(r['rank']) <= 32 for r in table)
-    assert len({r['skill'] for r in table}) == 3
+    assert table[0]['skill'] != table[1]['skill']
     assert (tmp_path / 'ablation.png').stat().st_size > 1000
     done = tmp_path / 'runs' / 'default_1' / 'metrics.json'
     before = done.stat().st_mtime
