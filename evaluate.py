@@ -34,6 +34,7 @@ max_scored = 2000  # sentences scored for perplexity
 n_samples = 12  # samples in the report, chosen by seed
 sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
 prompt = ''  # sentences to reconstruct and go on from, instead of the evaluation
+steps = 1  # sentences to go on for, each read as it was written
 temperature = 0.0  # of --prompt; 0 takes the likeliest token
 top_k = 0
 top_p = 1.0
@@ -41,6 +42,10 @@ batch_size = 64
 device = 'auto'
 dtype = 'float32'  # or 'bfloat16' (autocast) for the forward passes; metrics are fp32 always
 seed = 1337
+
+
+HORIZON = 8  # sentences that predictions are fed back for
+MAX_ROLLOUTS = 200  # windows that this is done from
 
 
 class Mistake(Exception):
@@ -355,7 +360,7 @@ def load(path):
 def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
     """All metrics as {section: {row: {column: number}}}, and what the samples and pictures need."""
     rng = np.random.default_rng(seed)
-    steps = tqdm(total=9 if decoder else 6, desc='evaluate', disable=not sys.stderr.isatty())
+    steps = tqdm(total=10 if decoder else 7, desc='evaluate', disable=not sys.stderr.isatty())
 
     def progress(name):
         steps.set_description(name)
@@ -480,6 +485,10 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
                 sections['STS, Spearman x 100'].setdefault(row, {})[name] = value
 
     keep = {'items': items, 'z_all': z_all, 'p': p, 'texts': None, 'r_all': r_all}
+    progress('rollout')
+    if encoder.model.config.context == 'concepts':
+        rows = horizons(encoder, decoder, train, items, z_train_all, z_all, mean_target, rng)
+        sections |= {'rollout, sentences ahead': rows} if rows else {}
     if decoder:
         sections |= decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, progress, keep)
     steps.close()
@@ -543,6 +552,70 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, pro
     gap = np.linalg.norm(again['D(p)'] - z[at], axis=1) - np.linalg.norm(p[at] - z[at], axis=1)
     out['round trip']['‖E(D(p)) − z‖ − ‖p − z‖'] = {'model': float(gap.mean())}
     return out
+
+
+def roll_out(items, z_all, starts, predict, feed, context):
+    """Concepts expected 1 to HORIZON sentences after the windows of the pairs `starts`: (HORIZON, n, d).
+
+    predict(concepts, windows) reads at most `context` concepts, first those of a window, then what feed(p) makes of the
+    predictions so far: themselves, or the concepts of the sentences they were written as.
+    """
+    read, out = [z_all[items.start[i]:items.target[i]] for i in starts], []
+    for _ in range(HORIZON):
+        read = [r[-context:] for r in read]
+        ends = np.cumsum([len(r) for r in read])
+        p = predict(np.concatenate(read), list(zip(ends - [len(r) for r in read], ends)))
+        out.append(p)
+        read = [np.concatenate((r, f[None])) for r, f in zip(read, feed(p))]
+    return np.stack(out)
+
+
+def horizons(encoder, decoder, train, items, z_train_all, z_all, mean_target, rng):
+    """The section of predictions that are fed back, as concepts and as text, beside the last sentence read."""
+    rows, starts, context = {}, [], max(items.target - items.start)
+    for x in (train, items):
+        far = np.minimum(x.target + HORIZON - 1, len(x.document) - 1)
+        whole = np.flatnonzero((x.document[far] == x.document[x.target]) & (far - x.target == HORIZON - 1))
+        starts.append(np.sort(rng.permutation(whole)[:MAX_ROLLOUTS]))
+    if not all(map(len, starts)):
+        return rows  # no document is long enough
+    written = []
+
+    def as_text(p):
+        texts = decoder.generate(p, sure=decoder.prediction_sure, batch_size=batch_size)
+        written.append(texts)
+        return encoder.encode(texts)
+    feeds = {'concepts': lambda p: p} | ({'text': as_text} if decoder else {})
+    found = [{kind: roll_out(x, z, at, encoder.roll, feed, context) for kind, feed in feeds.items()}
+             | {'copy-last': np.repeat(z[x.target[at] - 1][None], HORIZON, 0)}
+             for x, z, at in zip((train, items), (z_train_all, z_all), starts)]
+    at = starts[1]
+    document = items.document[items.target[at]]
+    first = np.searchsorted(items.document, np.arange(items.document[-1] + 2))
+    for h in range(HORIZON):
+        true = items.target[at] + h
+        # the true one, and others of its document that were neither read nor passed over
+        pools = [np.concatenate((np.arange(first[d], s), np.arange(t + 1, first[d + 1])))
+                 for d, s, t in zip(document, items.start[at], true)]
+        candidates = np.full((len(at), 32), -1)
+        candidates[:, 0] = true
+        for i, pool in enumerate(pools):
+            candidates[i, 1:1 + min(31, len(pool))] = rng.permutation(pool)[:31]
+        for kind in found[1]:
+            (p_train, p), z = (f[kind][h] for f in found), z_all[true]
+            z_train = z_train_all[train.target[starts[0]] + h]
+            scale = float((p_train * z_train).sum() / max((p_train * p_train).sum(), 1e-12))
+            row = rows[f'{kind}, {h + 1}'] = dict(zip(('skill', 'skill_low', 'skill_high'),
+                                                      skills(p, z, mean_target, scale, document)))
+            rank, _ = ranks(lambda i, p=p: torch.from_numpy(unit(p[i])) @ torch.from_numpy(z_all).T, candidates)
+            row['MRR'], row['MRR_low'], row['MRR_high'] = bootstrap(1 / rank, document)
+            row['chance'] = chance(candidates)[1]
+            if kind == 'text':
+                stories = list(zip(*written[HORIZON:HORIZON + h + 1]))  # of validation; those of training come first
+                pairs = [[pair for text in story for pair in zip(text.split(), text.split()[1:])] for story in stories]
+                row['distinct-2'] = float(np.mean([len(set(b)) / max(len(b), 1) for b in pairs]))
+                row['repeated'] = float(np.mean([story[-1] in story[:-1] for story in stories]))
+    return rows
 
 
 def verdict(sections):
@@ -662,6 +735,22 @@ def pictures(folder, sections, keep):
     plt.legend(frameon=False)
     save('cosines.png')
 
+    ahead = sections.get('rollout, sentences ahead', {})
+    if ahead:
+        x = np.arange(1, HORIZON + 1)
+        _, axes = plt.subplots(1, 2)
+        for kind, style in (('concepts', 'o-'), ('text', 's--'), ('copy-last', '^:')):
+            rows = [ahead[f'{kind}, {h}'] for h in x if f'{kind}, {h}' in ahead]
+            for axis, column in zip(axes, ('skill', 'MRR')):
+                if rows:
+                    axis.plot(x, [r[column] for r in rows], style, color='black', markersize=4, label=kind)
+        axes[1].plot(x, [ahead[f'copy-last, {h}']['chance'] for h in x], color='0.7', label='chance')
+        axes[0].set(xlabel='sentences ahead', ylabel='skill')
+        axes[1].set(xlabel='sentences ahead', ylabel='MRR in the document')
+        axes[1].legend(frameon=False)
+        plt.tight_layout()
+        save('horizon.png')
+
     path = os.path.join(folder, 'metrics.csv')
     if os.path.exists(path):
         with open(path, encoding='utf-8') as f:
@@ -686,7 +775,7 @@ def answer(encoder, decoder, corpus, text):
     if not sentences:
         raise Mistake('--prompt holds no sentence')
     items = Items(corpus, np.random.default_rng(seed), max_pairs, 20_000, eval_context)
-    z_all, z, p = encoder.encode_tokens(items.sentences), encoder.encode(sentences), encoder.predict(sentences)
+    z_all, z = encoder.encode_tokens(items.sentences), encoder.encode(sentences)
     write = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
 
     def nearest(v):
@@ -698,10 +787,15 @@ def answer(encoder, decoder, corpus, text):
             print(f'  reconstruction: {decoder.generate(z[i:i + 1], **write)[0]}')
         print('  nearest in validation:')
         nearest(z[i])
-    words = decoder and decoder.generate(p[None], sure=decoder.prediction_sure, **write)[0]
-    print(f'next sentence, in words: {words}' if decoder else 'next sentence:')
-    print('  nearest in validation:')
-    nearest(p)
+    for step in range(steps):
+        p = encoder.predict(sentences)
+        words = decoder and decoder.generate(p[None], sure=decoder.prediction_sure, **write | {'seed': seed + step})[0]
+        print(f'next sentence, in words: {words}' if decoder else 'next sentence:')
+        print('  nearest in validation:')
+        nearest(p)
+        if not decoder:
+            break
+        sentences.append(words)
 
 
 def main():
@@ -737,7 +831,7 @@ def main():
 if __name__ == '__main__':
     settings = override(globals(), limits={
         **dict.fromkeys(('eval_context', 'max_pairs', 'max_train_sentences', 'max_generated', 'max_scored', 'n_samples',
-                         'batch_size'), (1, np.inf)),
+                         'batch_size', 'steps'), (1, np.inf)),
         **dict.fromkeys(('temperature', 'top_k', 'seed'), (0, np.inf)), 'top_p': (1e-6, 1)})
     try:
         main()

@@ -81,6 +81,24 @@ def test_tfidf_is_nearest_to_itself():
     assert (dense[:, index] @ value)[1] == 0
 
 
+def test_rollouts_read_what_was_predicted(corpus_dir):
+    """A predictor that says where it looked: the last thing read, one step further along its first axis."""
+    items = ev.Items(Corpus(corpus_dir, 'train'), np.random.default_rng(8), 40)
+    z = np.random.default_rng(9).standard_normal((len(items.document), 4)).astype(np.float32)
+    lengths = []
+
+    def predict(concepts, windows):
+        lengths.append([b - a for a, b in windows])
+        return np.stack([concepts[b - 1] + [1, 0, 0, 0] for a, b in windows]).astype(np.float32)
+    starts = np.arange(0, 30, 3)
+    found = ev.roll_out(items, z, starts, predict, lambda p: p, 8)
+    for h in range(ev.HORIZON):
+        assert np.allclose(found[h], z[items.target[starts] - 1] + np.array([h + 1, 0, 0, 0]), atol=1e-4)
+    assert max(map(max, lengths)) == 8
+    text = ev.roll_out(items, z, starts, predict, lambda p: 0 * p, 8)  # fed back as something else
+    assert np.allclose(text[3], [1, 0, 0, 0])
+
+
 def cheats(items, z, rng):
     """Predictions (n, d) of models that know nothing, only the topic, the last sentence, or the answer."""
     topic = np.stack([z[items.document == d].mean(0) for d in items.document[items.target]])
@@ -207,9 +225,13 @@ def test_the_whole_evaluation(trained, tmp_path):
     assert metrics['verdict'] in ('learns', 'topic only', 'collapsed')
     assert metrics['verdict'] in done.stdout
     assert report.count('**context**') == 3
-    for name in ('retrieval.png', 'spectrum.png', 'cosines.png', 'training.png'):
+    for name in ('retrieval.png', 'spectrum.png', 'cosines.png', 'horizon.png', 'training.png'):
         assert os.path.getsize(os.path.join(trained, name)) > 5000
         assert f']({name})' in report
+    ahead = metrics['metrics']['rollout, sentences ahead']
+    assert len(ahead) == 3 * ev.HORIZON
+    assert ahead['concepts, 1']['MRR'] > ahead['concepts, 1']['chance']
+    assert 0 < ahead['text, 8']['distinct-2'] <= 1
     nats = metrics['metrics']['perplexity']
     assert nats['no concept']['information'] == 0
     assert nats['D(z)']['perplexity'] == pytest.approx(np.exp(nats['D(z)']['nats per token']))
@@ -220,7 +242,8 @@ def test_the_whole_evaluation(trained, tmp_path):
 def test_an_untrained_model_has_learned_nothing(corpus_dir, tmp_path):
     out = f'--out_dir={tmp_path}/out'
     run('train_encoder.py', f'--data_dir={corpus_dir}', out, '--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=4',
-        '--block_size=128', '--compile=False', '--eval_iters=2', '--max_iters=1', '--learning_rate=1e-12')
+        '--block_size=128', '--compile=False', '--eval_iters=2', '--max_iters=1', '--learning_rate=1e-12',
+        '--start_passes=0')
     run('evaluate.py', out)
     assert json.load(open(tmp_path / 'out' / 'metrics.json', encoding='utf-8'))['verdict'] != 'learns'
 
@@ -254,9 +277,9 @@ def test_perplexity_is_a_loop_over_single_sentences(trained):
 
 
 def test_a_prompt_is_answered(trained):
-    done = run('evaluate.py', f'--out_dir={trained}', '--prompt=The river was wide. The stone was not.')
+    done = run('evaluate.py', f'--out_dir={trained}', '--prompt=The river was wide. The stone was not.', '--steps=3')
     assert done.stdout.count('sentence: ') == 2
-    assert 'next sentence, in words: ' in done.stdout
+    assert done.stdout.count('next sentence, in words: ') == 3
 
 
 @pytest.mark.parametrize(('argument', 'says'), [
