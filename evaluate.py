@@ -348,6 +348,8 @@ def load(path):
             if abs(said - is_) > 1e-6 * abs(is_):
                 print(f'{folder}/decoder.pt was trained on another encoder than {path}: it is left out')
                 decoder = None
+        if decoder and os.path.exists(os.path.join(folder, 'language_model.pt')):
+            decoder.language_model = lib.load_decoder(folder, where, dtype, 'language_model')
         where = data_dir or encoder.settings['data_dir']
         train, val = Corpus(where, 'train'), Corpus(where, 'val')
     except (OSError, ValueError, ImportError) as error:
@@ -539,6 +541,9 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, pro
     given = {'D(z)': z[some], 'D(z), shuffled': z[roll], 'D(p)': p[some], 'D(p), shuffled': p[roll],
              'mean concept': np.repeat(unit(mean_target)[None], len(some), 0), 'no concept': None}
     nats = {name: decoder.nll(sentences, c, batch_size, sure if 'D(p)' in name else 1.0) for name, c in given.items()}
+    if decoder.language_model:
+        before = [items.sentences[items.start[i]:items.target[i]] for i in some]
+        nats['language model, reading the window'] = decoder.language_model.nll_in_context(sentences, before)
     for name, n in nats.items():
         mean, low, high = bootstrap(n / tokens, document[some], tokens)
         gain, gain_low, gain_high = bootstrap((nats['no concept'] - n) / tokens, document[some], tokens)

@@ -37,9 +37,14 @@ def sentence_view(sentence, document):
     return lambda b, h, q, k: sentence[b, q] == sentence[b, k]
 
 
+def document_of(sentence, document):
+    """The document (B, T) of each token, -1 for padding, of sentence (B, T) and document (B, S)."""
+    return torch.where(sentence < 0, -1, document.gather(1, sentence.clamp(min=0)))
+
+
 def context_view(sentence, document):
     """Each token sees its own and all earlier sentences of its document."""
-    doc = torch.where(sentence < 0, -1, document.gather(1, sentence.clamp(min=0)))  # (B, T)
+    doc = document_of(sentence, document)
     return lambda b, h, q, k: (doc[b, q] == doc[b, k]) & (sentence[b, k] <= sentence[b, q])
 
 
@@ -867,11 +872,12 @@ class Decoder(nn.Module):
         return x.unflatten(-1, (self.config.n_prefix, self.config.n_embd))
 
     @staticmethod
-    def mask(sentence, path='mask'):
-        """Each position sees itself and what stands before it in its sentence (B, T); path as attention_path says."""
+    def mask(group, path='mask'):
+        """Each position sees itself and what stands before it in its group (B, T), its sentence, or its document in a
+        language model; path as attention_path says."""
         if path == 'spans':
-            return Spans(sentence, causal=True)
-        return build_mask(causal_view(sentence), sentence.shape, sentence.device, path)
+            return Spans(group, causal=True)
+        return build_mask(causal_view(group), group.shape, group.device, path)
 
     def layout(self, tokens, sentence):
         """Of rows with n_prefix free positions before each sentence: place in the sentence, targets, where they count.
@@ -1001,14 +1007,15 @@ def save_checkpoint(path, state: dict):
 
 
 def load_checkpoint(path, kind, device='cpu') -> dict:
-    """The state saved at `path`, a checkpoint of `kind` 'encoder' or 'decoder', or an out_dir that holds one.
+    """The state saved at `path`, a checkpoint of `kind` 'encoder', 'decoder' or 'language_model', or its out_dir.
 
     Raises FileNotFoundError or ValueError, each with what to do about it.
     """
     if os.path.isdir(path):
         path = os.path.join(path, f'{kind}.pt')
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no {kind} at '{path}': train one with train_{kind}.py, or give its out_dir")
+        script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
+        raise FileNotFoundError(f"no {kind} at '{path}': train one with {script}, or give its out_dir")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except OSError:  # not ours to read: the file may be whole
@@ -1149,6 +1156,7 @@ class ConceptDecoder:
         self.model, self.tokenizer, self.device = decoder.to(device).eval(), tokenizer, torch.device(device)
         self.autocast = torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != 'float32')
         self.encoder_fingerprint, self.prediction_sure = encoder_fingerprint, prediction_sure
+        self.language_model = None  # evaluate.py's, to compare with
 
     def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0, sure=1.0):
         """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same samples.
@@ -1192,6 +1200,29 @@ class ConceptDecoder:
         return out
 
 
+    @torch.inference_mode()
+    def nll_in_context(self, sequences, contexts, batch_size=16) -> np.ndarray:
+        """Nats (n,) that a language model gives each token sequence, its end included, after the sequences before it.
+
+        contexts: for each a list of token sequences, oldest first.
+        """
+        config, out = self.model.config, np.empty(len(sequences))
+        free = np.zeros(config.n_prefix, np.int64)
+        texts = [[np.concatenate((free, s)) for s in (*before, last)] for before, last in zip(contexts, sequences)]
+        for index, ids, _ in rows_by_length([np.concatenate(t) for t in texts], batch_size):
+            sentence = np.full(ids.shape, -1)
+            for row, i in enumerate(index):
+                of = np.repeat(np.arange(len(texts[i])), [len(s) for s in texts[i]])
+                sentence[row, :len(of)] = of
+            tokens, sentence = (torch.from_numpy(x).to(self.device) for x in (ids, sentence))
+            last = sentence.amax(1, keepdim=True)
+            none = torch.zeros(len(index), int(last.max()) + 1, config.concept_dim, device=self.device)
+            with self.autocast:
+                loss = self.model.losses(tokens, sentence, none, self.model.mask(sentence.clamp(max=0)), none[..., 0])
+            out[index] = (loss.double() * (sentence == last)).sum(1).cpu().numpy()
+        return out
+
+
 def load_encoder(path, device='cpu', dtype='float32') -> SentenceEncoder:
     """The encoder saved at `path` (a file, or an out_dir). Raises FileNotFoundError or ValueError."""
     from prepare import load_tokenizer  # the tokenizer travels in the checkpoint; only text needs it
@@ -1203,10 +1234,13 @@ def load_encoder(path, device='cpu', dtype='float32') -> SentenceEncoder:
     return encoder
 
 
-def load_decoder(path, device='cpu', dtype='float32') -> ConceptDecoder:
-    """The decoder saved at `path` (a file, or an out_dir). Raises FileNotFoundError or ValueError."""
+def load_decoder(path, device='cpu', dtype='float32', kind='decoder') -> ConceptDecoder:
+    """The decoder, or the `kind` 'language_model', saved at `path` (a file, or an out_dir).
+
+    Raises FileNotFoundError or ValueError.
+    """
     from prepare import load_tokenizer
-    state = load_checkpoint(path, 'decoder', device)
+    state = load_checkpoint(path, kind, device)
     decoder = Decoder(DecoderConfig(**state['config']))
     decoder.load_state_dict(state['model'])
     return ConceptDecoder(decoder, load_tokenizer(state['tokenizer']), device, dtype, state['encoder_fingerprint'],

@@ -3,9 +3,10 @@
     python train_decoder.py config/decoder_demo.py
     torchrun --nproc_per_node=8 train_decoder.py config/decoder_fineweb.py
     python train_decoder.py config/decoder_demo.py --init_from=resume
+    python train_decoder.py config/decoder_demo.py --language_model=True      evaluate.py compares predictions with it
 
 Writes to out_dir, which may be the encoder's: decoder.pt (newest), decoder_best.pt (lowest validation loss),
-metrics_decoder.csv, config_decoder.json.
+metrics_decoder.csv, config_decoder.json; or language_model.pt and so on.
 """
 
 import csv
@@ -52,6 +53,7 @@ n_head = 12
 n_embd = 768
 n_prefix = 2  # positions that carry the concept
 dropout = 0.0
+language_model = False  # True: no concept, and a token sees all that stands before it in its document's row
 concept_noise = 0.1  # length of the Gaussian noise added to a unit-norm concept while training
 concept_blur = 0.3  # share of sentences whose concept is mixed with noise and given as less sure: as predictions are
 concept_dropout = 0.1  # share of sentences written without their concept: what perplexity is compared with
@@ -186,8 +188,9 @@ def all_sum(x):
 architecture = {'vocab_size': train_data.tokenizer_spec['n_vocab'], 'concept_dim': jepa.config.n_embd,
                 'eos': train_data.tokenizer.eos, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd,
                 'n_prefix': n_prefix, 'dropout': dropout}
-checkpoint_path = os.path.join(out_dir, 'decoder.pt')
-metrics_path = os.path.join(out_dir, 'metrics_decoder.csv')
+kind = 'language_model' if language_model else 'decoder'
+checkpoint_path = os.path.join(out_dir, f'{kind}.pt')
+metrics_path = os.path.join(out_dir, f'metrics_{kind}.csv')
 if init_from not in ('scratch', 'resume'):
     stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
 if init_from == 'scratch' and os.path.exists(checkpoint_path):
@@ -207,7 +210,7 @@ optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fu
 step, best_loss, metrics_bytes, seen_tokens = 0, math.inf, 0, 0
 if init_from == 'resume':
     try:
-        state = lib.load_checkpoint(checkpoint_path, 'decoder', device)
+        state = lib.load_checkpoint(checkpoint_path, kind, device)
     except (OSError, ValueError) as error:
         stop(error)
     for name, value in architecture.items():
@@ -252,7 +255,10 @@ def lr_at(step):
 
 @torch.no_grad()
 def inputs(tokens, sentence, document):
-    """The decoder's mask and the concepts (B, S, concept_dim) of a batch."""
+    """The decoder's mask and the concepts (B, S, concept_dim) of a batch; zeros for a language model."""
+    if language_model:
+        mask = model.mask(lib.document_of(sentence, document), attention)
+        return mask, torch.zeros(*document.shape, jepa.config.n_embd, device=device)
     # the encoder does not see the decoder's free positions
     words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
     own = jepa.masks(words, document, encoder_attention)[0]
@@ -266,6 +272,8 @@ def blurred(concepts):
 
     A share `concept_blur` is given as predictions are: right by `sure` of its direction, the rest noise.
     """
+    if language_model:
+        return concepts, torch.zeros(concepts.shape[:2], device=concepts.device)
     draw = torch.rand(2, *concepts.shape[:2], device=concepts.device)
     noise = torch.randn_like(concepts) / concepts.shape[-1] ** 0.5
     sure = torch.where(draw[0] < concept_blur, draw[1], 1.0)[..., None]
@@ -304,7 +312,8 @@ def evaluate():
         others = concepts.clone()
         others[used] = concepts[used].roll(1, 0)
         with autocast:
-            for j, (c, sure) in enumerate(((concepts, 1.0), (others, 1.0), (concepts, 0.0))):
+            given = 0.0 if language_model else 1.0
+            for j, (c, sure) in enumerate(((concepts, given), (others, given), (concepts, 0.0))):
                 sums[j] += compiled(tokens, sentence, c, mask, torch.full(document.shape, sure, device=device)).double()
         sums[3] += (sentence >= 0).sum() - (n_prefix - 1) * used.sum()
     model.train()
@@ -331,7 +340,7 @@ def log(row):
 def save(name):
     """Write the state after `step` steps to out_dir/name, whole or not at all."""
     lib.save_checkpoint(os.path.join(out_dir, name), {
-        'kind': 'decoder', 'config': asdict(model.config), 'model': model.state_dict(),
+        'kind': kind, 'config': asdict(model.config), 'model': model.state_dict(),
         'optimizer': optimizer.state_dict(), 'tokenizer': train_data.tokenizer_spec, 'settings': settings, 'step': step,
         'best_loss': best_loss, 'metrics_bytes': os.path.getsize(metrics_path), 'seen_tokens': seen_tokens,
         'encoder_fingerprint': encoder_fingerprint, 'prediction_sure': predictions_are_sure})
@@ -340,7 +349,7 @@ def save(name):
 if master:
     try:
         os.makedirs(out_dir, exist_ok=True)
-        with open(os.path.join(out_dir, 'config_decoder.json'), 'w', encoding='utf-8') as f:
+        with open(os.path.join(out_dir, f'config_{kind}.json'), 'w', encoding='utf-8') as f:
             json.dump(settings, f, indent=1)
         if step == 0:
             with open(metrics_path, 'w', newline='', encoding='utf-8') as f:
@@ -381,8 +390,8 @@ def run():
                 if step > first_step:
                     if values['val_loss'] < best_loss:
                         best_loss = values['val_loss']
-                        save('decoder_best.pt')
-                    save('decoder.pt')
+                        save(f'{kind}_best.pt')
+                    save(f'{kind}.pt')
             since += time.time() - began
         if step >= max_iters:
             break
@@ -439,7 +448,7 @@ def run():
 
 
 first_step, interrupted = step, 0
-predictions_are_sure = prediction_sure()
+predictions_are_sure = 0.0 if language_model else prediction_sure()
 model.train()
 try:
     stopped = run()

@@ -213,6 +213,7 @@ def trained(corpus_dir, tmp_path_factory):
              '--warmup_iters=5', '--max_iters=30', '--eval_interval=30', f'--out_dir={out}']
     run('train_encoder.py', f'--data_dir={corpus_dir}', '--predictor_layer=1', *small)
     run('train_decoder.py', *small)
+    run('train_decoder.py', *small, '--language_model=True')
     return out
 
 
@@ -234,6 +235,7 @@ def test_the_whole_evaluation(trained, tmp_path):
     assert 0 < ahead['text, 8']['distinct-2'] <= 1
     nats = metrics['metrics']['perplexity']
     assert nats['no concept']['information'] == 0
+    assert nats['language model, reading the window']['nats per token'] > 0
     assert nats['D(z)']['perplexity'] == pytest.approx(np.exp(nats['D(z)']['nats per token']))
     run('evaluate.py', *arguments)
     assert open(os.path.join(trained, 'report.md'), encoding='utf-8').read() == report, 'the same seed, the same report'
@@ -274,6 +276,24 @@ def test_perplexity_is_a_loop_over_single_sentences(trained):
         says = net.head(states).log_softmax(-1)
         truth = torch.tensor([*sentence, config.eos])
         assert together[i] == pytest.approx(-says[torch.arange(len(truth)), truth].sum().item(), rel=1e-4)
+
+
+def test_a_language_model_reads_what_stands_before(trained):
+    """nll_in_context against one row at a time, without padding; and it is the context that it reads."""
+    encoder, writer = lib.load_encoder(trained), lib.load_decoder(trained, kind='language_model')
+    ids = encoder.tokenizer.encode_batch(['The river number 3 stood near.', 'A stone.', 'The winter of part 4 stood near the copper.'])
+    contexts = [[ids[1]], [ids[0], ids[2]], []]
+    together = writer.nll_in_context(ids, contexts)
+    for i, before in enumerate(contexts):
+        parts = [np.concatenate((np.zeros(writer.model.config.n_prefix, int), s)) for s in (*before, ids[i])]
+        tokens = torch.from_numpy(np.concatenate(parts))[None]
+        sentence = torch.from_numpy(np.repeat(np.arange(len(parts)), [len(s) for s in parts]))[None]
+        none = torch.zeros(1, len(parts), 32)
+        with torch.no_grad():
+            loss = writer.model.losses(tokens, sentence, none, torch.ones(len(tokens[0]), len(tokens[0])).tril().bool(), none[..., 0])
+        assert together[i] == pytest.approx(loss[0, -len(parts[-1]):].sum().item(), rel=1e-4)
+    assert writer.nll_in_context(ids[:1], [[ids[2]]])[0] != pytest.approx(together[0], rel=1e-4)
+    assert writer.nll_in_context(ids[2:], [[]])[0] == pytest.approx(writer.nll(ids[2:])[0], rel=1e-4)
 
 
 def test_a_prompt_is_answered(trained):
