@@ -369,15 +369,15 @@ class Predictor(nn.Module):
     """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
 
     It starts as "the same again, and more of what went before": the branches of its blocks end in zeros, but for the
-    first attention, which starts close to 8 times a mean of the concepts so far, the older the less: by exp(-0.4) a
-    sentence. The last sentence tells place, the mean tells topic. Attention scores fall with distance by a slope that
-    each head learns (as ALiBi's, Press et al. 2022, arXiv:2108.12409, where they are fixed).
+    first attention, which starts close to 8 times a mean of the concepts so far, the older the less: by exp(-0.2) a
+    sentence. The last sentence tells place, the mean tells topic. Attention scores fall with distance, by a slope that is
+    learned for each head, the same in all blocks (ALiBi's, Press et al. 2022, arXiv:2108.12409, are fixed).
     """
 
     def __init__(self, n_layer, n_head, n_embd, dropout=0.0):
         super().__init__()
         self.head_dim = n_embd // n_head
-        self.slope = nn.Parameter(torch.full((n_head,), 0.4))
+        self.slope = nn.Parameter(torch.full((n_head,), 0.2))
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
         for block in self.blocks:
             nn.init.zeros_(block.proj.weight)

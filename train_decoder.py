@@ -55,7 +55,7 @@ n_prefix = 2  # positions that carry the concept
 dropout = 0.0
 language_model = False  # True: no concept, and a token sees all that stands before it in its document's row
 concept_noise = 0.1  # length of the Gaussian noise added to a unit-norm concept while training
-concept_blur = 0.3  # share of sentences whose concept is mixed with noise and given as less sure: as predictions are
+concept_blur = 0.2  # share of sentences whose concept is mixed with noise and given as less sure: as predictions are
 concept_dropout = 0.1  # share of sentences written without their concept: what perplexity is compared with
 # optimizer: AdamW
 learning_rate = 6e-4
