@@ -34,7 +34,7 @@ max_scored = 2000  # sentences scored for perplexity
 n_samples = 12  # samples in the report, chosen by seed
 sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
 prompt = ''  # sentences to reconstruct and go on from, instead of the evaluation
-steps = 1  # sentences to go on for, each read as it was written
+steps = 1  # of --prompt: sentences to go on for, each read as it was written
 temperature = 0.0  # of --prompt; 0 takes the likeliest token
 top_k = 0
 top_p = 1.0
@@ -223,7 +223,10 @@ def tfidf(sentences, idf_from, width=2**18):
 # Baseline encoders and STS
 
 def random_encoder(encoder, sentences, seed):
-    """The same architecture and pooling with fresh weights, whitened on `sentences`, as the trained one at step 0."""
+    """The same architecture and pooling with random weights, whitened on `sentences`: all that it knows of text.
+
+    Not the trained one at step 0: its embeddings start from their neighbours, which is learned from text too.
+    """
     torch.manual_seed(seed)
     jepa = lib.JEPA(encoder.model.config)
     jepa.token_weight.copy_(encoder.model.token_weight)
@@ -336,7 +339,7 @@ def load(path):
     try:
         if torch.device(where).type == 'cuda' and not torch.cuda.is_available():
             raise Mistake(f'--device={device}: this machine, or this build of torch, has no CUDA')
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise Mistake(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'") from None
     try:
         encoder = lib.load_encoder(path, where, dtype)
@@ -492,14 +495,15 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
         rows = horizons(encoder, decoder, train, items, z_train_all, z_all, mean_target, rng)
         sections |= {'rollout, sentences ahead': rows} if rows else {}
     if decoder:
-        sections |= decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, progress, keep)
+        sections |= decode(decoder, encoder, items, z, p, z_all, mean_target, scale['mean target'], document, rng,
+                           progress, keep)
     steps.close()
     counts = {'pairs': len(z), 'documents': int(items.document[-1]) + 1, 'sentences': len(z_all),
               'train sentences read': len(z_train_all), 'train pairs': len(z_train)}
     return sections, counts, keep
 
 
-def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, progress, keep):
+def decode(decoder, encoder, items, z, p, z_all, mean_target, mean_sure, document, rng, progress, keep):
     """Sections of what the decoder writes, and of what it says about the true sentences."""
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
@@ -540,7 +544,8 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, document, rng, pro
     roll = np.roll(some, len(some) // 2)
     given = {'D(z)': z[some], 'D(z), shuffled': z[roll], 'D(p)': p[some], 'D(p), shuffled': p[roll],
              'mean concept': np.repeat(unit(mean_target)[None], len(some), 0), 'no concept': None}
-    nats = {name: decoder.nll(sentences, c, batch_size, sure if 'D(p)' in name else 1.0) for name, c in given.items()}
+    as_sure = {'D(p)': sure, 'D(p), shuffled': sure, 'mean concept': min(max(mean_sure, 0), 1)}
+    nats = {name: decoder.nll(sentences, c, batch_size, as_sure.get(name, 1.0)) for name, c in given.items()}
     if decoder.language_model:
         before = [items.sentences[items.start[i]:items.target[i]] for i in some]
         nats['language model, reading the window'] = decoder.language_model.nll_in_context(sentences, before)
@@ -640,10 +645,11 @@ def verdict(sections):
     if inside['model']['MRR_low'] > inside['chance']['MRR'] and f['model']['skill_low'] > 0 and \
             all(row['gain_low'] > 0 for row in gain.values()):
         return 'learns', ('skill is above 0 and above copy-last, retrieval in the document above chance, and there and '
-                          'in the corpus above the same model untrained, by 95 % intervals'), beaten
+                          'in the corpus above the same model with random weights, by 95 % intervals'), beaten
     return 'topic only', (f"retrieval over the corpus has MRR {corpus['model']['MRR']:.3f} (chance "
                           f"{corpus['chance']['MRR']:.3f}), but skill over copy-last, or retrieval in the document "
-                          'over chance and over the same model untrained, is not shown by 95 % intervals'), beaten
+                          'over chance and over the same model with random weights, is not shown by 95 % '
+                          'intervals'), beaten
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -792,14 +798,14 @@ def answer(encoder, decoder, corpus, text):
             print(f'  reconstruction: {decoder.generate(z[i:i + 1], **write)[0]}')
         print('  nearest in validation:')
         nearest(z[i])
+    if steps > 1 and not decoder:
+        raise Mistake(f'--steps={steps} needs a decoder to write with: train_decoder.py makes one')
     for step in range(steps):
         p = encoder.predict(sentences)
         words = decoder and decoder.generate(p[None], sure=decoder.prediction_sure, **write | {'seed': seed + step})[0]
         print(f'next sentence, in words: {words}' if decoder else 'next sentence:')
         print('  nearest in validation:')
         nearest(p)
-        if not decoder:
-            break
         sentences.append(words)
 
 

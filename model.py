@@ -335,6 +335,8 @@ def neighbour_embeddings(steps, weight, dim, passes, own=0.3, reduce=lambda x: x
     the words' covariance taken as diagonal, as in Dhillon et al. 2015, "Eigenwords"). A pass takes seconds where
     gradient steps take an hour to come as far.
 
+    The space is whitened here whatever the objective is, with Whitening's own floor.
+
     `steps()` yields, for each training step, a list of this rank's batches as (tokens, sentence, document); `reduce`
     sums a tensor over all ranks.
     """
@@ -370,8 +372,8 @@ class Predictor(nn.Module):
 
     It starts as "the same again, and more of what went before": the branches of its blocks end in zeros, but for the
     first attention, which starts close to 8 times a mean of the concepts so far, the older the less: by exp(-0.2) a
-    sentence. The last sentence tells place, the mean tells topic. Attention scores fall with distance, by a slope that is
-    learned for each head, the same in all blocks (ALiBi's, Press et al. 2022, arXiv:2108.12409, are fixed).
+    sentence. The last sentence tells place, the mean tells topic. Attention scores fall with distance, by a slope that
+    is learned for each head, the same in all blocks (ALiBi's, Press et al. 2022, arXiv:2108.12409, are fixed).
     """
 
     def __init__(self, n_layer, n_head, n_embd, dropout=0.0):
@@ -815,8 +817,9 @@ class HeadCrossEntropy(torch.autograd.Function):
 class Decoder(nn.Module):
     """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row.
 
-    logits = E (norm(x) + sqrt(concept_dim) P concept - spent * said), with E the table of token embeddings, tied, and
-    `said` the sum of the embeddings of the tokens so far, each times its weight in a sentence's mean.
+    logits = E (norm(x) + sure (sqrt(concept_dim) P concept - spent * said)), with E the table of token embeddings,
+    tied, `said` the sum of the embeddings of the tokens so far, each times its weight in a sentence's mean, and `sure`
+    from 0, no concept, to 1, the sentence's own.
     """
 
     def __init__(self, config: DecoderConfig):

@@ -134,6 +134,8 @@ if compile == 'auto':  # on a CPU what is not compiled is faster: tests/results/
     compile = device_type == 'cuda'
 if compile not in (True, False):
     stop(f"--compile={compile}: expected True, False or 'auto'")
+if concept_blur + concept_dropout >= 1:
+    stop(f'--concept_blur={concept_blur} and --concept_dropout={concept_dropout} leave no sentence with its concept')
 if dtype not in ('float32', 'bfloat16'):
     stop(f"--dtype={dtype}: expected 'float32', 'bfloat16' or 'auto'")
 if gradient_accumulation_steps % world_size:
@@ -293,7 +295,7 @@ def prediction_sure(n=4):
         _, concepts = inputs(tokens, sentence, document)
         with autocast:
             p = jepa.predict_concepts(concepts, document) if jepa.config.context == 'concepts' else \
-                jepa.predict(tokens, words, document, jepa.masks(words, document, encoder_attention)[1])
+                jepa.predict(tokens, words, document, jepa.masks(words, document)[1])
         at = lib.pairs(document)
         ps.append(lib.unit(p[:, :-1][at]))
         zs.append(concepts[:, 1:][at])
@@ -448,9 +450,9 @@ def run():
 
 
 first_step, interrupted = step, 0
-predictions_are_sure = 0.0 if language_model else prediction_sure()
 model.train()
 try:
+    predictions_are_sure = 0.0 if language_model else prediction_sure()
     stopped = run()
 except (OSError, ValueError) as error:  # a full disk; a sentence longer than block_size
     stop(error)

@@ -406,6 +406,7 @@ def collapse_warning(v):
 # ---------------------------------------------------------------------------------------------------------------
 # Writing: metrics.csv, checkpoints
 
+# loss is the objective's, regulariser included; val_loss is 1 - cos whatever that is, so that runs compare
 COLUMNS = ['step', 'tokens', 'seconds', 'lr', 'ema', 'loss', 'grad_norm', 'tokens_per_s', 'predictions_per_s',
            'val_loss', 'val_skill', 'val_copy_skill', 'val_cos', 'val_cos_unrelated', 'val_rank', 'val_mrr',
            'val_copy_mrr', 'val_doc_mrr', 'val_doc_copy_mrr', 'val_doc_chance']

@@ -15,6 +15,7 @@ import runpy
 import sys
 
 TYPES = (bool, int, float, str)
+BOOLS = {'true': True, 'false': False, '1': True, '0': False}
 SCRIPTS = {'prepare': 'prepare.py', 'encoder': 'train_encoder.py', 'decoder': 'train_decoder.py'}  # by stage
 
 
@@ -70,10 +71,10 @@ def from_text(name: str, text: str, defaults: dict):
     default = known(name, defaults)
     kind = type(default)
     if kind is str:
-        return text.lower() == 'true' if default == 'auto' and text.lower() in ('true', 'false') else text
+        return BOOLS.get(text.lower(), text) if default == 'auto' else text
     try:
         if kind is bool:
-            return {'true': True, 'false': False, '1': True, '0': False}[text.lower()]
+            return BOOLS[text.lower()]
         return kind(text)
     except (KeyError, ValueError):
         raise ValueError(f"--{name}={text}: expected {'True or False' if kind is bool else kind.__name__}") from None

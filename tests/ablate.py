@@ -18,6 +18,7 @@ import subprocess
 import sys
 
 import numpy as np
+from scipy.stats import t
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -47,7 +48,7 @@ ROWS = {
     'predictor_layer=4': ['--predictor_layer=4'],
     'pooling=mean': ['--pooling=mean'],
     'optimizer=muon': ['--optimizer=muon'],
-    'optimizer=muon + learning_rate x 3': ['--optimizer=muon', '--learning_rate=3e-3', '--embedding_lr_scale=3.3'],
+    'optimizer=muon + learning_rate=3e-3': ['--optimizer=muon', '--learning_rate=3e-3', '--embedding_lr_scale=3.3'],
     'ema .9': ['--ema_start=0.9', '--ema_end=0.9'],
     'ema .998': ['--ema_start=0.998', '--ema_end=0.998'],
     "seed project's recipe": SEED_PROJECT,
@@ -61,9 +62,9 @@ COLUMNS = [('corpus MRR', 'retrieval corpus', 'model', 'MRR'), ('copy-last', 're
            ('nats given the concept', 'perplexity', 'D(z)', 'nats per token')]
 
 
-def measured(path):
-    """{column: number} of a run's metrics.json."""
-    with open(path) as f:
+def measured(folder):
+    """{column: number} of a run."""
+    with open(os.path.join(folder, 'metrics.json')) as f:
         sections = json.load(f)['metrics']
     out = {}
     for column, section, row, name in COLUMNS:
@@ -76,34 +77,41 @@ def measured(path):
 def run(script, *arguments):
     done = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise SystemExit(f'ablate.py: {script} {" ".join(arguments)}: {done.stderr.strip().splitlines()[-1]}')
+        raise SystemExit(f'ablate.py: {script} {" ".join(arguments)}: {(done.stderr.strip() or "killed").splitlines()[-1]}')
 
 
 def one(name, seed, a):
-    """metrics.json of one row and seed, trained and evaluated unless that is done."""
+    """Folder of one row and seed, trained and evaluated unless that is done."""
     folder = os.path.join(a.work, f'{name}_{seed}'.replace(' ', '_').replace("'", ''))
-    path = os.path.join(folder, 'metrics.json')
-    if os.path.exists(path):
-        return path
-    shutil.rmtree(folder, ignore_errors=True)  # one that was stopped halfway
     shared = [f'--data_dir={a.data_dir}', f'--out_dir={folder}', f'--seed={seed}']
-    run('train_encoder.py', *a.encoder.split(), *shared, f'--max_iters={a.iters}', f'--warmup_iters={a.iters // 8}',
-        f'--eval_interval={a.iters}', *ROWS[name])
+    commands = [['train_encoder.py', *a.encoder.split(), *shared, f'--max_iters={a.iters}', f'--warmup_iters={a.iters // 8}',
+                 f'--eval_interval={a.iters}', *ROWS[name]]]
     if a.decoder_iters:
-        run('train_decoder.py', *a.decoder.split(), *shared, f'--max_iters={a.decoder_iters}',
-            f'--warmup_iters={a.decoder_iters // 8}', f'--eval_interval={a.decoder_iters}')
-    run('evaluate.py', f'--out_dir={folder}', f'--max_pairs={a.max_pairs}', f'--max_train_sentences={8 * a.max_pairs}',
-        '--max_generated=50', f'--max_scored={a.max_pairs}', '--dtype=bfloat16', *([f'--sts={a.sts}'] if a.sts else []))
+        commands.append(['train_decoder.py', *a.decoder.split(), *shared, f'--max_iters={a.decoder_iters}',
+                         f'--warmup_iters={a.decoder_iters // 8}', f'--eval_interval={a.decoder_iters}'])
+    commands.append(['evaluate.py', f'--out_dir={folder}', f'--max_pairs={a.max_pairs}', '--max_generated=50', '--dtype=bfloat16',
+                     f'--max_train_sentences={8 * a.max_pairs}', f'--max_scored={a.max_pairs}', *([f'--sts={a.sts}'] if a.sts else [])])
+    path = os.path.join(folder, 'commands.json')
+    if os.path.exists(path):
+        with open(path) as f:
+            if json.load(f) == commands:
+                return folder
+        raise SystemExit(f'ablate.py: {folder} was run with other settings: choose another --work, or remove it')
+    shutil.rmtree(folder, ignore_errors=True)  # one that was stopped halfway
+    for command in commands:
+        run(*command)
     for file in os.listdir(folder):
         if file.endswith('.pt'):
             os.unlink(os.path.join(folder, file))
-    return path
+    with open(path, 'w') as f:  # the mark that it is done
+        json.dump(commands, f)
+    return folder
 
 
 def interval(values):
     """(mean, half of its 95 % interval) of a few numbers; Student's t."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
-    return np.mean(values), t * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    n = len(values)
+    return np.mean(values), t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5 if n > 1 else np.nan
 
 
 def picture(table, path):
@@ -140,6 +148,7 @@ def main():
     parser.add_argument('--sts', default='')
     a = parser.parse_args()
     a.data_dir, a.work = (os.path.abspath(p) for p in (a.data_dir, a.work))
+    a.sts = a.sts and os.path.abspath(a.sts)
     names = [n for n in ROWS if n in a.rows.split(',')] if a.rows else list(ROWS)
     if a.rows and len(names) < len(a.rows.split(',')):
         raise SystemExit(f"ablate.py: --rows={a.rows}: expected some of {', '.join(ROWS)}")
@@ -158,7 +167,7 @@ def main():
     os.makedirs(a.results, exist_ok=True)
     with open(os.path.join(a.results, 'ablation.csv'), 'w', newline='') as f:
         writer = csv.writer(f)
-        writer.writerow(['row', 'settings', 'seeds', 'steps', *(x for c in columns for x in (c, f'{c}, half of 95 % interval'))])
+        writer.writerow(['row', 'settings', 'seeds', 'steps unless set', *(x for c in columns for x in (c, f'{c}, half of 95 % interval'))])
         writer.writerows([name, ' '.join(ROWS[name]), len(seeds), a.iters, *(f'{x:.4f}' for v in row.values() for x in v)]
                          for name, row in table.items())
     picture(table, os.path.join(a.results, 'ablation.png'))

@@ -25,6 +25,7 @@ def test_what_is_auto_may_also_be_true_or_false(tmp_path):
     preset.write_text('compile = False\n')
     scope = {'compile': 'auto', 'name': 'a', '__file__': __file__}
     assert override(dict(scope), ['--compile=True'])['compile'] is True
+    assert override(dict(scope), ['--compile=0'])['compile'] is False
     assert override(dict(scope), [str(preset)])['compile'] is False
     assert override(dict(scope), [str(preset), '--compile=auto'])['compile'] == 'auto'
     assert override(dict(scope), ['--name=True'])['name'] == 'True'

@@ -304,7 +304,7 @@ def test_a_prompt_is_answered(trained):
 
 @pytest.mark.parametrize(('argument', 'says'), [
     ('--out_dir=nowhere', 'train_encoder.py'), ('--prompt= ', 'no sentence'), ('--prompt=', 'no sentence'), ('--sts=nowhere.csv', 'nowhere.csv'),
-    ('--max_pair=3', 'max_pairs'), ('--max_pairs=0', '1 or more'), ('--dtype=fp16', 'bfloat16'), ('--device=cuda:9', 'CUDA'), ('--top_p=0', 'top_p')])
+    ('--max_pair=3', 'max_pairs'), ('--max_pairs=0', '1 or more'), ('--dtype=fp16', 'bfloat16'), ('--device=cuda:9', 'CUDA'), ('--device=True', 'cuda'), ('--top_p=0', 'top_p')])
 def test_mistakes_are_one_line(trained, argument, says):
     done = run('evaluate.py', f'--out_dir={trained}', argument, check=False)
     assert done.returncode != 0

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, free_port, run
 
 import model as lib
@@ -129,6 +130,29 @@ def test_two_ranks_are_one_process(corpus_dir, tmp_path):
     assert_equal(weights(tmp_path / 'three' / 'decoder.pt'), weights(tmp_path / 'four' / 'decoder.pt'), close=True)
 
 
+def regularise_on_a_rank(rank, folder):
+    """Save the gradients that a rank's rows of `folder`/x.pt get."""
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
+    for name, reg in (('vicreg', lib.vicreg), ('sigreg', lib.sigreg)):
+        x = torch.load(f'{folder}/x.pt')[20 * rank:20 + 30 * rank].requires_grad_()  # 20 rows and 30
+        torch.manual_seed(rank)
+        (reg(x, torch.ones(len(x), dtype=torch.bool)) * len(x) / 50).backward()  # a share of the loss, as in training
+        torch.save(x.grad, f'{folder}/{name}_{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_regularisers_see_the_rows_of_all_ranks(tmp_path):
+    torch.manual_seed(3)
+    torch.save(0.4 * torch.randn(50, 6), tmp_path / 'x.pt')
+    torch.multiprocessing.spawn(regularise_on_a_rank, (str(tmp_path),), nprocs=2)
+    for name, reg in (('vicreg', lib.vicreg), ('sigreg', lib.sigreg)):
+        x = torch.load(tmp_path / 'x.pt').requires_grad_()
+        torch.manual_seed(0)  # the directions are the first rank's
+        reg(x, torch.ones(50, dtype=torch.bool)).backward()
+        found = torch.cat([torch.load(tmp_path / f'{name}_{rank}.pt') for rank in (0, 1)])
+        assert torch.allclose(found, x.grad, atol=1e-6), name
+
+
 def learned(data_dir, out, *arguments):
     """The evaluations of a run: {column: number}, first to last."""
     run('train_encoder.py', f'--data_dir={data_dir}', f'--out_dir={out}', *ENCODER, '--dropout=0', '--dtype=float32', *arguments)
@@ -184,6 +208,8 @@ def test_the_copies_of_the_glue_are_equal():
     ('train_encoder.py', ['--loss=l2'], 'smooth_l1'),
     ('train_encoder.py', ['--target=shared', '--context=tokens'], 'concepts'),
     ('train_decoder.py', ['--eval_interval=0'], 'eval_interval=0'),
+    ('train_decoder.py', ['--concept_blur=0.8', '--concept_dropout=0.5'], 'leave no sentence'),
+    ('train_encoder.py', ['--device=True'], 'cuda'),
     ('train_encoder.py', ['--init_from=resume', '--out_dir=nowhere'], 'no encoder'),
     ('train_decoder.py', ['--out_dir=nowhere'], 'train_encoder.py')])
 def test_mistakes_are_one_line(script, arguments, says, corpus_dir, tmp_path):
@@ -242,6 +268,10 @@ def test_ablation_in_miniature(corpus_dir, tmp_path):
     assert table[0]['skill'] != table[1]['skill']
     assert (tmp_path / 'ablation.png').stat().st_size > 1000
     done = tmp_path / 'runs' / 'default_1' / 'metrics.json'
+    assert not list(done.parent.glob('*.pt'))
     before = done.stat().st_mtime
     run(*command)
     assert done.stat().st_mtime == before
+    other = run(*[c.replace('iters=3', 'iters=4') for c in command], check=False)
+    assert other.returncode == 1
+    assert 'other settings' in other.stderr
