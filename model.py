@@ -371,15 +371,15 @@ class Predictor(nn.Module):
     """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
 
     It starts as "the same again, and more of what went before": the branches of its blocks end in zeros, but for the
-    first attention, which starts close to 8 times a mean of the concepts so far, the older the less: by exp(-0.2) a
+    first attention, which starts close to 8 times a mean of the concepts so far, the older the less: by exp(-fade) a
     sentence. The last sentence tells place, the mean tells topic. Attention scores fall with distance, by a slope that
     is learned for each head, the same in all blocks (ALiBi's, Press et al. 2022, arXiv:2108.12409, are fixed).
     """
 
-    def __init__(self, n_layer, n_head, n_embd, dropout=0.0):
+    def __init__(self, n_layer, n_head, n_embd, dropout=0.0, fade=0.4):
         super().__init__()
         self.head_dim = n_embd // n_head
-        self.slope = nn.Parameter(torch.full((n_head,), 0.2))
+        self.slope = nn.Parameter(torch.full((n_head,), fade))
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
         for block in self.blocks:
             nn.init.zeros_(block.proj.weight)
@@ -556,6 +556,7 @@ class JEPAConfig:
     predictor_layer: int = 2
     dropout: float = 0.0
     context: str = 'concepts'
+    fade: float = 0.4  # of the predictor's attention at first, a sentence
     hf: str = ''  # configuration, as json, of a transformers model in the encoder's place
 
 
@@ -571,7 +572,7 @@ class JEPA(nn.Module):
             self.encoder = HFEncoder(config.hf, config.dropout)
         else:
             self.encoder = Encoder(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
-        self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout)
+        self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout, config.fade)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.whitening = Whitening(config.n_embd)
         self.objective = Objective()

@@ -50,6 +50,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 predictor_layer = 4
+fade = 0.4  # a sentence counts exp(-fade) times as much to the predictor as the one after it, at first
 dropout = 0.0
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 start_passes = 4  # over the text, to start token embeddings from (model.neighbour_embeddings); 0: random ones
@@ -91,7 +92,7 @@ settings = override(globals(), limits={
     **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
                      'n_embd', 'gradient_accumulation_steps', 'predictor_layer', 'whiten_interval'), (1, math.inf)),
     **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
-                     'weight_decay', 'weight_decay_end', 'grad_clip', 'reg_weight', 'start_passes', 'start_tokens',
+                     'weight_decay', 'weight_decay_end', 'grad_clip', 'reg_weight', 'fade', 'start_passes', 'start_tokens',
                      'embedding_lr_scale', 'predictor_lr_scale'), (0, math.inf)),
     **dict.fromkeys(('dropout', 'ema_start', 'ema_end', 'whiten_rate', 'whiten_floor'), (0, 1)),
     **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999))})
@@ -203,7 +204,8 @@ def all_sum(x):
 # Model: scratch or resume
 
 architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer': n_layer, 'n_head': n_head,
-                'n_embd': n_embd, 'predictor_layer': predictor_layer, 'dropout': dropout, 'context': context}
+                'n_embd': n_embd, 'predictor_layer': predictor_layer, 'dropout': dropout, 'context': context,
+                'fade': fade}
 checkpoint_path = os.path.join(out_dir, 'encoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics.csv')
 state = weights = None

@@ -5,6 +5,7 @@ n_layer = 1
 n_head = 6
 n_embd = 384
 predictor_layer = 2
+fade = 0.2
 batch_size = 8
 block_size = 512
 ema_start = 0.98

@@ -87,7 +87,7 @@ def test_the_predictor_starts_between_the_last_sentence_and_the_mean():
     c = lib.unit(torch.randn(2, 9, 32))
     p = lib.unit(net.predict_concepts(c, torch.zeros(2, 9, dtype=torch.long)))
     assert torch.allclose(p[:, 0], c[:, 0], atol=1e-5)
-    share = torch.stack([torch.exp(-0.2 * (i - torch.arange(9.))) * (torch.arange(9) <= i) for i in range(9)])
+    share = torch.stack([torch.exp(-0.4 * (i - torch.arange(9.))) * (torch.arange(9) <= i) for i in range(9)])
     mean = (share / share.sum(1, keepdim=True)) @ c
     assert torch.allclose(p, lib.unit(c + 8 * mean), atol=0.1)
 
