@@ -92,8 +92,8 @@ settings = override(globals(), limits={
     **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
                      'n_embd', 'gradient_accumulation_steps', 'predictor_layer', 'whiten_interval'), (1, math.inf)),
     **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
-                     'weight_decay', 'weight_decay_end', 'grad_clip', 'reg_weight', 'fade', 'start_passes', 'start_tokens',
-                     'embedding_lr_scale', 'predictor_lr_scale'), (0, math.inf)),
+                     'weight_decay', 'weight_decay_end', 'grad_clip', 'reg_weight', 'fade', 'start_passes',
+                     'start_tokens', 'embedding_lr_scale', 'predictor_lr_scale'), (0, math.inf)),
     **dict.fromkeys(('dropout', 'ema_start', 'ema_end', 'whiten_rate', 'whiten_floor'), (0, 1)),
     **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999))})
 
