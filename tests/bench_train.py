@@ -130,7 +130,7 @@ class Bench:
                 z = target_means(tokens, words, document.shape[1], net.masks(words, document, self.path)[0])
             mask = decoder.mask(sentence, self.path)
             with self.autocast:
-                loss = forward(tokens, sentence, net.whitening(z), mask) / (sentence >= 0).sum()
+                loss = forward(tokens, sentence, net.whitening(z), mask, torch.ones(document.shape, device=self.device)) / (sentence >= 0).sum()
             self.update(decoder, optimizer, loss)
 
             def flops(positions, sentences, seen):
