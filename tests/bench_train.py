@@ -8,11 +8,12 @@ windows: the usual data flow, a context of the 8 sentences before and one target
 batch, the encoder run on both, one prediction each. language model: a causal model on full rows, as nanoGPT trains it.
 All run in turn, the medians of --repeats rounds count. Utilisation is of the bfloat16 (or float32) matrix product measured in
 the same run. Writes tests/results/train_<device>.csv; with --variants, variants_<device>.csv: what compilation and bfloat16
-bring, each on its own.
+bring, each on its own; with --profile, profile_<device>.csv: where a step's time goes.
 """
 
 import argparse
 import csv
+import operator
 import os
 import statistics
 import subprocess
@@ -312,6 +313,25 @@ def variants(corpus, size, a):
              'of fp32, not compiled': round(v / speed[w, 'float32', False], 2)} for (w, d, c), v in speed.items()]
 
 
+def shares(corpus, size, a, top=8):
+    """Rows of the operations that take the most of each workload's step: share of its own time."""
+    from torch.profiler import ProfilerActivity, profile
+    activity = ProfilerActivity.CUDA if a.device == 'cuda' else ProfilerActivity.CPU
+    rows = []
+    for name, make in WORKLOADS.items():
+        step = warmed_up(make(Bench(corpus, size, a)), a)
+        with profile(activities=[activity]) as profiled:
+            for i in range(a.steps):
+                step(a.warm_up + i)
+            wait(a.device)
+        time_of = operator.attrgetter(f'self_{"device" if a.device == "cuda" else "cpu"}_time_total')
+        events = sorted(profiled.key_averages(), key=time_of, reverse=True)
+        whole = sum(map(time_of, events))
+        rows += [{'width': size[0], 'layers': size[1], 'workload': name, 'operation': e.key[:60],
+                  'share': round(time_of(e) / whole, 3)} for e in events[:top]]
+    return rows
+
+
 def show(rows):
     for row in [dict(zip(rows[0], rows[0])), *rows]:
         print(' '.join(f'{v!s:>{max(len(k), 8)}}' for k, v in row.items()))
@@ -333,6 +353,7 @@ def main():
     parser.add_argument('--dtype', default='bfloat16', choices=['bfloat16', 'float32'])
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--variants', action='store_true', help='fp32 and bf16, compiled and not, instead')
+    parser.add_argument('--profile', action='store_true', help='the operations that take the most time, instead')
     parser.add_argument('--batch_size', type=int, default=4)
     parser.add_argument('--block_size', type=int, default=1024)
     parser.add_argument('--steps', type=int, default=2, help='steps a round')
@@ -361,6 +382,11 @@ def main():
             rows = [row for size in sizes for row in variants(corpus, size, a)]
             show(rows)
             write(f'variants_{a.device}', [row | machine for row in rows])
+            return
+        if a.profile:
+            rows = [row for size in sizes for row in shares(corpus, size, a)]
+            show(rows)
+            write(f'profile_{a.device}', rows)
             return
         rows = [row for size in sizes for row in measure(corpus, size, a, peak[a.dtype])]
     show(rows)
