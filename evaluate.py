@@ -33,6 +33,7 @@ max_generated = 500  # sentences written for BLEU, ROUGE and chrF
 max_scored = 2000  # sentences scored for perplexity
 n_samples = 12  # samples in the report, chosen by seed
 sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
+judge = ''  # folder or name of a sentence encoder of transformers that compares what was written with the truth
 prompt = ''  # sentences to reconstruct and go on from, instead of the evaluation
 steps = 1  # of --prompt: sentences to go on for, each read as it was written
 temperature = 0.0  # of --prompt; 0 takes the likeliest token
@@ -328,6 +329,29 @@ def sts_scores(rows, encoder, random, idf):
             'shuffled pairs': 100 * spearman((a * b[rng.permutation(len(b))]).sum(1), human)}
 
 
+def judge_encoder(name):
+    """Function of a list of str to unit-norm vectors (n, d): mean over tokens of a `transformers` model, in fp32."""
+    try:
+        import transformers  # optional: pip install transformers
+        tokenizer, net = (kind.from_pretrained(name) for kind in (transformers.AutoTokenizer, transformers.AutoModel))
+    except ImportError:
+        raise Mistake('--judge needs `pip install transformers`') from None
+    except (OSError, ValueError) as error:
+        raise Mistake(f'cannot load --judge={name}: {str(error).splitlines()[0]}') from None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    @torch.inference_mode()
+    def embed(texts):
+        out = []
+        for start in range(0, len(texts), batch_size):
+            inputs = tokenizer(texts[start:start + batch_size], padding=True, truncation=True, return_tensors='pt')
+            inside = inputs['attention_mask'][..., None].float()
+            h = net.eval()(**inputs).last_hidden_state.float()
+            out.append((h * inside).sum(1) / inside.sum(1).clamp(min=1))
+        return unit(torch.cat(out).numpy())
+    return embed
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The evaluation
 
@@ -534,6 +558,12 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, mean_sure, documen
         for kind in ('1', '2', 'L'):
             f1 = np.mean([r[f'rouge{kind}'].fmeasure for r in rouge])
             out['text'][name][f'ROUGE-{kind}'] = 100 * float(f1)
+    if judge:
+        embed = judge_encoder(judge)
+        said = embed(truth)
+        out['judge'] = {name: dict(zip(('cosine', 'cosine_low', 'cosine_high'),
+                                       bootstrap((embed(texts) * said).sum(1), document[at])))
+                        for name, texts in wrote.items()}
     keep['texts'] = {'at': at, 'truth': truth, 'reconstruct': rebuilt, 'predict': predicted}
 
     progress('perplexity')

@@ -115,3 +115,21 @@ def test_mistakes_are_one_line(corpus_dir, tmp_path):
     assert done.returncode == 1
     assert 'nowhere' in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+def test_a_judge_compares_texts(tokenizer_folder, tmp_path):
+    import evaluate as ev
+    folder = str(tmp_path / 'judge')
+    shutil.copytree(tokenizer_folder, folder)
+    torch.manual_seed(1)
+    net = transformers.AutoModel.from_config(config_of('bert')).eval()
+    net.save_pretrained(folder)
+    texts = ['The river number 3 stood near the stone.', 'A cloud.', 'The winter of part 4.']
+    got = ev.judge_encoder(folder)(texts)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text, vector in zip(texts, got):  # one at a time, without padding
+        with torch.no_grad():
+            h = net(torch.tensor([tokenizer(text)['input_ids']])).last_hidden_state[0].mean(0)
+        assert torch.allclose(torch.from_numpy(vector), lib.unit(h), atol=1e-5)
+    with pytest.raises(ev.Mistake, match='cannot load --judge=nowhere'):
+        ev.judge_encoder('nowhere')
