@@ -386,7 +386,7 @@ def load(path):
     return encoder, decoder, train, val
 
 
-def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
+def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs, judged_by=None):
     """All metrics as {section: {row: {column: number}}}, and what the samples and pictures need."""
     rng = np.random.default_rng(seed)
     steps = tqdm(total=10 if decoder else 7, desc='evaluate', disable=not sys.stderr.isatty())
@@ -520,14 +520,15 @@ def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs):
         sections |= {'rollout, sentences ahead': rows} if rows else {}
     if decoder:
         sections |= decode(decoder, encoder, items, z, p, z_all, mean_target, scale['mean target'], document, rng,
-                           progress, keep)
+                           progress, keep, judged_by)
     steps.close()
     counts = {'pairs': len(z), 'documents': int(items.document[-1]) + 1, 'sentences': len(z_all),
               'train sentences read': len(z_train_all), 'train pairs': len(z_train)}
     return sections, counts, keep
 
 
-def decode(decoder, encoder, items, z, p, z_all, mean_target, mean_sure, document, rng, progress, keep):
+def decode(decoder, encoder, items, z, p, z_all, mean_target, mean_sure, document, rng, progress, keep,
+           judged_by):
     """Sections of what the decoder writes, and of what it says about the true sentences."""
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
@@ -558,11 +559,10 @@ def decode(decoder, encoder, items, z, p, z_all, mean_target, mean_sure, documen
         for kind in ('1', '2', 'L'):
             f1 = np.mean([r[f'rouge{kind}'].fmeasure for r in rouge])
             out['text'][name][f'ROUGE-{kind}'] = 100 * float(f1)
-    if judge:
-        embed = judge_encoder(judge)
-        said = embed(truth)
+    if judged_by:
+        said = judged_by(truth)
         out['judge'] = {name: dict(zip(('cosine', 'cosine_low', 'cosine_high'),
-                                       bootstrap((embed(texts) * said).sum(1), document[at])))
+                                       bootstrap((judged_by(texts) * said).sum(1), document[at])))
                         for name, texts in wrote.items()}
     keep['texts'] = {'at': at, 'truth': truth, 'reconstruct': rebuilt, 'predict': predicted}
 
@@ -847,10 +847,12 @@ def main():
         answer(encoder, decoder, corpus, prompt)
         return
     if not decoder:
-        print(f'no decoder in {folder}: text and perplexity are left out (train_decoder.py makes one)')
+        print(f'no decoder in {folder}: text and perplexity are left out, and what --judge says of them '
+              '(train_decoder.py makes one)')
     if not sts:
         print('STS is left out: --sts=<file of score, s1, s2>, or --sts=hub')
-    sections, counts, keep = evaluate(encoder, decoder, train_corpus, corpus, sts_files(sts) if sts else {})
+    judged_by = judge_encoder(judge) if judge else None  # a mistake in these two is told before minutes of work
+    sections, counts, keep = evaluate(encoder, decoder, train_corpus, corpus, sts_files(sts) if sts else {}, judged_by)
     word, rule, beaten = verdict(sections)
     table = markdown(sections)
     names = pictures(folder, sections, keep)

@@ -381,12 +381,21 @@ def whole_characters(text):
     return text.encode('utf-8', 'replace').decode() if text and not text.isascii() else text
 
 
+def local_files(name):
+    """The files of a path or glob; none for the embedded text and a name on the hub. Stops where there is no file."""
+    paths = sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
+    local = r'^[./]|[*?\[]|\.(txt|jsonl|parquet|gz|xz|zst)$'
+    if not paths and (os.path.isdir(name) or regex.search(local, name)):
+        raise Mistake(f"no file at '{name}': --dataset takes a file or a quoted glob of .txt, .jsonl or .parquet, "
+                      f"'web-bible', or a name on the hub")
+    return paths
+
+
 def documents(s, rank=0, world_size=1, skip=0):
     """This rank's documents, str or None, after the first `skip` of them; at most max_docs over all ranks."""
     limit = (s['max_docs'] - rank + world_size - 1) // world_size if s['max_docs'] else None
-    name = s['dataset']
+    name, paths = s['dataset'], local_files(s['dataset'])
     separator = s['doc_separator'].replace('\\n', '\n').replace('\\t', '\t')  # as a shell leaves them
-    paths = sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
     if name == 'web-bible' or paths:
         source = read_bible() if name == 'web-bible' else \
             (d for p in paths for d in read_file(p, s['text_column'], separator))
@@ -396,10 +405,6 @@ def documents(s, rank=0, world_size=1, skip=0):
             if i % world_size == rank and i // world_size >= skip:
                 yield whole_characters(text)
         return
-    local = r'^[./]|[*?\[]|\.(txt|jsonl|parquet|gz|xz|zst)$'
-    if os.path.isdir(name) or regex.search(local, name):
-        raise Mistake(f"no file at '{name}': --dataset takes a file or a quoted glob of .txt, .jsonl or .parquet, "
-                      f"'web-bible', or a name on the hub")
     for i, text in enumerate(read_hub(s, rank, world_size, skip)):
         if limit is not None and skip + i >= limit:
             return
@@ -628,6 +633,7 @@ def prepare(s):
             same_settings(json.load(f)['settings'], s)
         print(f'{directory} is complete already')
         return
+    local_files(s['dataset'])  # a mistake in it is told before a tokenizer is made
     progress_path = os.path.join(directory, f'progress_{rank}.json')
     progress = {'settings': s, 'world_size': world_size, 'read': 0, 'counts': {}, 'writers': {}, 'done': False}
     if os.path.exists(progress_path):

@@ -220,7 +220,7 @@ if init_from == 'resume':
             stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
                  f'set it back, or train from scratch in another --out_dir')
     if not math.isclose(state['encoder_fingerprint'], encoder_fingerprint, rel_tol=1e-6):
-        stop(f'{checkpoint_path} was trained on another encoder: train from scratch in another --out_dir')
+        stop(f'{checkpoint_path} was trained on another encoder: remove it, and train from scratch')
     if master:
         for name in sorted(settings.keys() & state['settings'].keys() - {'init_from'}):
             if settings[name] != state['settings'][name]:

@@ -1,4 +1,4 @@
-# For out/openstax (config/encoder_openstax.py): 16 minutes on one CPU core.
+# For out/openstax (config/encoder_openstax.py): 15 minutes on one CPU core.
 out_dir = 'out/openstax'
 n_layer = 1
 n_head = 8

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every benchmark that a GPU bears on, under 8 minutes on a large one: steps against their references at three sizes, what
 # compilation and bfloat16 bring, where the time goes, growth with block_size, width and corpus. Writes
-# tests/results/{train,variants,profile,growth}_cuda.csv.
+# tests/results/{train,variants,profile,growth_*}_cuda.csv.
 #     bash tests/bench_cuda.sh               DEVICE=cpu rehearses it, small
 set -euo pipefail
 cd "$(dirname "$0")/.."

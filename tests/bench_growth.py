@@ -6,7 +6,7 @@
 Against block_size, at the same number of tokens a step, and against width: time of the encoder's step beside a language
 model's (see bench_train.py). Against the corpus's size, on synthetic arrays: time to open it and to cut a batch, and memory.
 Against ranks, on a CPU: predictions/s of train_encoder.py on 1 and 2 processes of one thread each.
-Writes tests/results/growth_<device>.csv and growth_*.png.
+--parts names some of these only. Writes tests/results/growth_<part>_<device>.csv and .png.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from bench_train import HERE, ROOT, SIZES, WORKLOADS, Bench, in_turn, warmed_up,
 import prepare
 
 TOKENS = 8192  # a step, whatever the block_size
+PARTS = ('block_size', 'width', 'corpus', 'ranks')
 
 
 def time_of_a_step(corpus, size, a, block_size):
@@ -91,8 +92,8 @@ def predictions_of_ranks(n, folder, steps):
     return statistics.median(speeds[2:])  # the first ones warm up
 
 
-def picture(name, xlabel, ylabel, lines, log=True):
-    """Write tests/results/growth_<name>.png of lines {label: [(x, y)]}."""
+def picture(name, device, xlabel, ylabel, lines, log=True):
+    """Write tests/results/growth_<name>_<device>.png of lines {label: [(x, y)]}."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -111,12 +112,13 @@ def picture(name, xlabel, ylabel, lines, log=True):
     plt.ylabel(ylabel)
     plt.grid(alpha=0.3)
     plt.legend(frameon=False)
-    plt.savefig(os.path.join(HERE, 'results', f'growth_{name}.png'), bbox_inches='tight', metadata={'Software': None})
+    plt.savefig(os.path.join(HERE, 'results', f'growth_{name}_{device}.png'), bbox_inches='tight', metadata={'Software': None})
     plt.close()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--parts', default=','.join(PARTS))
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--dtype', default='bfloat16', choices=['bfloat16', 'float32'])
     parser.add_argument('--compile', action='store_true')
@@ -127,50 +129,57 @@ def main():
     parser.add_argument('--millions', default='1,10,100,1000', help='of tokens, of the synthetic corpora')
     a = parser.parse_args()
     torch.set_float32_matmul_precision('high')
-    rows = []
+    parts = a.parts.split(',')
+    if set(parts) - set(PARTS):
+        raise SystemExit(f"bench_growth.py: --parts={a.parts}: expected some of {', '.join(PARTS)}")
+    rows = {part: [] for part in parts}
 
     def note(grows, x, **values):
         for what, value in values.items():
-            rows.append({'against': grows, 'at': x, 'what': what, 'value': round(value, 4)})
+            rows[grows].append({'against': grows, 'at': x, 'what': what, 'value': round(value, 4)})
             print(f'{grows:12} {x:>6} {what:28} {value:.4g}', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, f'{ROOT}/prepare.py', '--dataset=web-bible', f'--data_dir={folder}/data',
                         '--tokenizer=bpe:8192'], check=True, stdout=subprocess.DEVNULL)
         corpus = prepare.Corpus(f'{folder}/data', 'train')
         width, layers, heads = SIZES[a.device][0]
-        lines = {}
-        for block_size in (512, 1024, 2048, 4096, 8192):
-            took = time_of_a_step(corpus, (width, layers, heads), a, block_size)
-            note('block_size', block_size, **{f'{k}, ms a step': v for k, v in took.items()})
-            for k, v in took.items():
-                lines.setdefault(k, []).append((block_size, v))
-        picture('block_size', f'block_size, tokens ({TOKENS:,} a step)', 'ms a step', lines)
-        lines = {}
-        for w in (192, 384, 768):
-            took = time_of_a_step(corpus, (w, layers, w // 64), a, a.block_size)
-            note('width', w, **{f'{k}, ms a step': v for k, v in took.items()})
-            for k, v in took.items():
-                lines.setdefault(k, []).append((w, v))
-        step = lines['encoder'][0][1]
-        picture('width', 'width', f'ms a step of {TOKENS:,} tokens', lines)
-        lines = {}
-        for millions in map(int, a.millions.split(',')):
-            synthetic(f'{folder}/{millions}', millions)
-            opened, first, batch, peak = reading(f'{folder}/{millions}', a)
-            note('corpus', millions, **{'s to open': opened, 's to the first batch': first, 'ms a batch': batch,
-                                        'peak MB': peak, 'batches while a step runs': step / batch})
-            for k, v in (('ms a batch', batch), ('ms to open', 1000 * opened), ('peak MB', peak)):
-                lines.setdefault(k, []).append((millions, v))
-        picture('corpus', 'million tokens of corpus', 'ms, MB', lines)
-        if a.device == 'cpu':
+        if 'block_size' in parts:
+            lines = {}
+            for block_size in (512, 1024, 2048, 4096, 8192):
+                took = time_of_a_step(corpus, (width, layers, heads), a, block_size)
+                note('block_size', block_size, **{f'{k}, ms a step': v for k, v in took.items()})
+                for k, v in took.items():
+                    lines.setdefault(k, []).append((block_size, v))
+            picture('block_size', a.device, f'block_size, tokens ({TOKENS:,} a step)', 'ms a step', lines)
+        if 'width' in parts:
+            lines = {}
+            for w in (192, 384, 768):
+                took = time_of_a_step(corpus, (w, layers, w // 64), a, a.block_size)
+                note('width', w, **{f'{k}, ms a step': v for k, v in took.items()})
+                for k, v in took.items():
+                    lines.setdefault(k, []).append((w, v))
+            picture('width', a.device, 'width', f'ms a step of {TOKENS:,} tokens', lines)
+        if 'corpus' in parts:
+            lines, step = {}, time_of_a_step(corpus, (width, layers, heads), a, a.block_size)['encoder']
+            for millions in map(int, a.millions.split(',')):
+                synthetic(f'{folder}/{millions}', millions)
+                opened, first, batch, peak = reading(f'{folder}/{millions}', a)
+                note('corpus', millions, **{'s to open': opened, 's to the first batch': first, 'ms a batch': batch,
+                                            'peak MB': peak, 'batches while a step runs': step / batch})
+                for k, v in (('ms a batch', batch), ('ms to open', 1000 * opened), ('peak MB', peak)):
+                    lines.setdefault(k, []).append((millions, v))
+            picture('corpus', a.device, 'million tokens of corpus', 'ms, MB', lines)
+        if 'ranks' in parts and a.device == 'cpu':
             lines = {'measured': [], 'as many times one rank': []}
             for n in (1, 2):
                 speed = predictions_of_ranks(n, folder, 12)
                 note('ranks', n, **{'predictions/s': speed})
                 lines['measured'].append((n, speed))
                 lines['as many times one rank'].append((n, n * lines['measured'][0][1]))
-            picture('ranks', 'ranks', 'predictions/s', lines, log=False)
-    write(f'growth_{a.device}', rows)
+            picture('ranks', a.device, 'ranks', 'predictions/s', lines, log=False)
+    for part in parts:
+        if rows[part]:
+            write(f'growth_{part}_{a.device}', rows[part])
 
 
 if __name__ == '__main__':
