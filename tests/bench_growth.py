@@ -101,7 +101,9 @@ def picture(name, device, xlabel, ylabel, lines, log=True):
     for (label, points), style in zip(lines.items(), ('o-', 's--', '^:')):
         plt.plot(*zip(*points), style, color='black', label=label)
     if log:
-        plt.xscale('log', base=2 if max(x for p in lines.values() for x, _ in p) < 1e4 else 10)
+        plt.xscale('log')
+    values = [y for p in lines.values() for _, y in p]
+    if max(values) > 30 * min(values):
         plt.yscale('log')
     else:
         plt.ylim(0)
