@@ -553,6 +553,7 @@ try:
 except (OSError, ValueError) as error:  # a full disk; a sentence longer than block_size
     stop(error)
 if ddp:
+    dist.barrier()  # a rank that ended while another still talked to it has been seen to abort
     dist.destroy_process_group()
 if stopped:
     if master:
