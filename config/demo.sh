@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain on the embedded data set, in a virtual environment of its own: 17 minutes of CPU time, shared by 2 cores.
+# The whole chain on the embedded data set, in a virtual environment of its own: 14 minutes of CPU time, shared by 2 cores.
 # Run again, it goes on where it stopped. PYTHON names another interpreter than python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
