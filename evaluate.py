@@ -235,9 +235,8 @@ def random_encoder(encoder, sentences, seed):
     out.autocast = encoder.autocast
     with torch.inference_mode():
         means = []
-        for _, ids, lengths in lib.rows_by_length(sentences, 64):
-            sentence = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(out.device).long() - 1
-            tokens = torch.from_numpy(ids).to(out.device)
+        for _, tokens, inside in out.batches(sentences):
+            sentence = inside.long() - 1
             own = jepa.masks(sentence, sentence[:, :1])[0]
             means.append(jepa.target_means(tokens, sentence, 1, own))
         z = torch.cat(means)

@@ -175,6 +175,11 @@ class Block(nn.Module):
         nn.init.normal_(self.proj.weight, std=(2 * n_layer * dim) ** -0.5)  # the residual stream keeps its scale
         nn.init.normal_(self.down.weight, std=(2 * n_layer * 4 * dim) ** -0.5)
 
+    def silence(self):
+        """Let both branches end in zeros: the block starts as the identity."""
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.down.weight)
+
     def forward(self, x, rope, mask, cache=None):
         """x (B, T, D); mask a BlockMask, Spans, boolean (B, 1, T, T) or None for all; cache (keys, values, length)."""
         qkv = self.qkv(self.norm1(x))
@@ -212,8 +217,7 @@ class Encoder(nn.Module):
         self.embedding = nn.Embedding(vocab_size, n_embd)  # unit scale: smaller ones are swamped by their common mode
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
         for block in self.blocks:
-            nn.init.zeros_(block.proj.weight)
-            nn.init.zeros_(block.down.weight)
+            block.silence()
         self.norm = nn.RMSNorm(n_embd, eps=1e-6)
 
     def forward(self, tokens, mask):
@@ -382,8 +386,7 @@ class Predictor(nn.Module):
         self.slope = nn.Parameter(torch.full((n_head,), fade))
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
         for block in self.blocks:
-            nn.init.zeros_(block.proj.weight)
-            nn.init.zeros_(block.down.weight)
+            block.silence()
         with torch.no_grad():
             for block in self.blocks[:1]:
                 block.qkv.weight[:2 * n_embd] *= 0.1  # scores near 0: nearly equal attention
