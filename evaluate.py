@@ -1,26 +1,31 @@
 """Every metric beside its baselines: a table, metrics.json and report.md with samples and pictures.
 
-    python evaluate.py --out_dir=out/demo
     python evaluate.py --out_dir=out/demo --sts=stsb-dev.csv
-    python evaluate.py --out_dir=out/demo --prompt="He went up to the city. The gates were shut."
+    python evaluate.py --out_dir=out/demo --prompt="He went up to the city. The gates were shut." --steps=3
+    python evaluate.py --out_dir=out/demo --interpolate="He went up to the city. || The gates were shut."
 
-All on the validation split. The definitions stand with the functions; ties take the worst rank, so that a constant
-model scores nothing.
+All on the validation split. PARTS, below, lists what is measured; ties take the worst rank, so that a constant model
+scores nothing.
 """
 
 import csv
-import json
 import os
 import sys
-import warnings
+from json import dump, dumps
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
+from sklearn.decomposition import PCA
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.linear_model import Ridge, RidgeClassifier
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
 from tqdm import tqdm
 
 import model as lib
 from config import override
-from prepare import Corpus, split_sentences
+from prepare import Corpus, Mistake, read_file, split_sentences
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: override with --name=value
@@ -28,29 +33,32 @@ out_dir = 'out/fineweb'  # encoder.pt, and decoder.pt where there is one
 data_dir = ''  # what prepare.py wrote; '': what the encoder was trained on
 eval_context = 8  # sentences before the one predicted that the predictor and the baselines read
 max_pairs = 10_000  # (context, next sentence) pairs, at most 5 a document
-max_train_sentences = 20_000  # train sentences read for mean, scalars, ridge and idf
+max_train_sentences = 20_000  # train sentences read for mean, scalars, ridge, idf and probes
 max_generated = 500  # sentences written for BLEU, ROUGE and chrF
 max_scored = 2000  # sentences scored for perplexity
 n_samples = 12  # samples in the report, chosen by seed
 sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
-judge = ''  # folder or name of a sentence encoder of transformers that compares what was written with the truth
-prompt = ''  # sentences to reconstruct and go on from, instead of the evaluation
-steps = 1  # of --prompt: sentences to go on for, each read as it was written
-temperature = 0.0  # of --prompt; 0 takes the likeliest token
-top_k = 0
-top_p = 1.0
+judge = ''  # folder or name of a sentence-transformers model that compares what was written with the truth
+# instead of the evaluation: sentences to reconstruct and go on from
+prompt = ''  # '-' reads standard input
+prompt_file = ''
+steps = 1  # sentences to go on for, each read as it was written
+num_samples = 1  # such continuations
+interpolate = ''  # 'one sentence || another': sentences from between their concepts
+corpus = ''  # file of texts to find the nearest sentences in; '': the validation split
+json = False  # print json: the answer, or what metrics.json holds
+max_new_tokens = 64  # of a sentence
+temperature = 0.0  # 0 takes the likeliest token
+top_k = 0  # sample among so many likeliest; 0: all
+top_p = 1.0  # and among the likeliest that make up this probability
 batch_size = 64
 device = 'auto'
 dtype = 'float32'  # or 'bfloat16' (autocast) for the forward passes; metrics are fp32 always
 seed = 1337
 
-
 HORIZON = 8  # sentences that predictions are fed back for
 MAX_ROLLOUTS = 200  # windows that this is done from
-
-
-class Mistake(Exception):
-    """What the user can mend: printed as one line, exit code 1."""
+PROBED = 6000  # sentences of each split that probes read
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -63,10 +71,10 @@ class Items:
     predicted; start (n,): the first sentence of its window, which ends before the target.
     """
 
-    def __init__(self, corpus, rng, n_pairs, n_sentences=None, context=8, each=5):
+    def __init__(self, data, rng, n_pairs, n_sentences=None, context=8, each=5):
         self.sentences, document, target, start = [], [], [], []
-        for number, d in enumerate(rng.permutation(corpus.n_documents)):
-            ids, base = corpus.document(d), len(self.sentences)
+        for number, d in enumerate(rng.permutation(data.n_documents)):
+            ids, base = data.document(d), len(self.sentences)
             self.sentences += ids
             document += [number] * len(ids)
             if len(ids) > 1:
@@ -79,23 +87,27 @@ class Items:
             raise Mistake('no document of the split has two sentences')
         self.document, self.target, self.start = np.array(document), np.array(target), np.array(start)
         self.windows = list(zip(self.start, self.target))
+        self.first = np.searchsorted(self.document, np.arange(self.document[-1] + 2))  # sentence of each document
+
+    def others(self, rng, start, target, n=31):
+        """Up to n sentences of the document of `target`, neither in start..target nor the target itself."""
+        d = self.document[target]
+        pool = np.concatenate((np.arange(self.first[d], start), np.arange(target + 1, self.first[d + 1])))
+        return rng.permutation(pool)[:n]
 
     def candidates(self, rng, context, others=31):
         """Candidate sentences of each pair, -1 where there are fewer, the true one first: (a), (b), corpus."""
-        first = np.searchsorted(self.document, np.arange(self.document[-1] + 2))
-        one = rng.integers(first[:-1], first[1:])  # a sentence of each document
-        if len(one) > 10_000:
-            one = one[np.sort(rng.permutation(len(one))[:10_000])]
+        one = rng.integers(self.first[:-1], self.first[1:])  # a sentence of each document
+        one = one[np.sort(rng.permutation(len(one))[:10_000])]
         n = len(self.target)
         repeats = np.full((n, 1 + others + context), -1)
         corpus = np.empty((n, 1 + len(one)), np.int32)
-        for i, (t, s) in enumerate(zip(self.target, self.start)):
-            d = self.document[t]
-            pool = np.concatenate((np.arange(first[d], s), np.arange(t + 1, first[d + 1])))
+        for i, (s, t) in enumerate(self.windows):
+            pool = self.others(rng, s, t, others)
             repeats[i, 0] = corpus[i, 0] = t
-            repeats[i, 1:1 + min(others, len(pool))] = rng.permutation(pool)[:others]
+            repeats[i, 1:1 + len(pool)] = pool
             repeats[i, 1 + others:1 + others + t - s] = np.arange(s, t)
-            corpus[i, 1:] = np.where(self.document[one] == d, -1, one)
+            corpus[i, 1:] = np.where(self.document[one] == self.document[t], -1, one)
         return {'a': repeats[:, :1 + others], 'b': repeats, 'corpus': corpus}
 
 
@@ -107,6 +119,11 @@ def unit(x):
     return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
 
 
+def cosine(a, b):
+    """Cosines (n,) of the rows of a and b (n, d) of unit norm."""
+    return (a * b).sum(1)
+
+
 def bootstrap(values, document, weights=None, n=1000, seed=0):
     """Mean of values (n,), weighted, and its 95 % interval by resampling documents: (mean, low, high)."""
     weights = np.ones(len(values)) if weights is None else weights
@@ -116,6 +133,11 @@ def bootstrap(values, document, weights=None, n=1000, seed=0):
     times = rng.multinomial(len(top), np.full(len(top), 1 / len(top)), size=n)
     means = (times @ top) / np.maximum(times @ bottom, 1e-12)
     return float(top.sum() / bottom.sum()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def cells(column, values):
+    """Cells of a table's row of (value, low, high)."""
+    return dict(zip((column, f'{column}_low', f'{column}_high'), values))
 
 
 def ranks(similar, candidates):
@@ -136,8 +158,13 @@ def chance(candidates):
     return float((1 / n).mean()), float((harmonic[n - 1] / n).mean())
 
 
+def fit_scale(p, z):
+    """The scalar a that makes sum |a p - z|^2 least, of p, z (n, d)."""
+    return float((p * z).sum() / max((p * p).sum(), 1e-12))
+
+
 def skills(p, z, mean, scale, document, base=None):
-    """Skill, 1 - sum |scale p - z|^2 / sum |mean - z|^2, with its interval over documents (z of unit norm).
+    """Skill, 1 - sum |scale p - z|^2 / sum |mean - z|^2, with its interval over documents.
 
     With `base`, predictions times their scale: how much more skill p has than they, on the same resampled documents.
     """
@@ -148,37 +175,28 @@ def skills(p, z, mean, scale, document, base=None):
     return bootstrap((from_ - ((scale * p - z) ** 2).sum(1)) / np.maximum(size, 1e-12), document, size)
 
 
-def ridge(x, y, penalty=0.1):
-    """Weights and offset of ridge regression y ~ x w + b; the penalty is a share of the mean variance of x."""
-    mx, my = x.mean(0), y.mean(0)
-    c = (x - mx).T @ (x - mx)
-    w = np.linalg.solve(c + (penalty * np.trace(c) / len(c) + 1e-9) * np.eye(len(c)), (x - mx).T @ (y - my))
-    return w, my - mx @ w
-
-
 def fit_ridge(x, y, document):
-    """Weights, offset and scale of the ridge regression whose penalty does best on the last fifth of the documents."""
-    held = document >= np.quantile(document, 0.8)
-    held[:1] = False  # one document or two: the first pair is for fitting
-    best = None
-    for penalty in (0.1, 1.0, 10.0, 100.0):
-        w, b = ridge(x[~held], y[~held], penalty)
-        p, z = (x[held] @ w + b, y[held]) if held.any() else (x @ w + b, y)
-        scale = (p * z).sum() / max((p * p).sum(), 1e-12)
-        error = ((scale * p - z) ** 2).sum()
-        if best is None or error < best[0]:
-            best = error, (w, b), scale
-    return best[1:]
+    """(predict, scale): ridge regression of y on x (n, d), its penalty and scale the best on documents held out."""
+    splits = GroupKFold(min(5, len(np.unique(document))))
+    if splits.n_splits < 2:
+        return Ridge().fit(x, y).predict, 1.0
+    size = len(x) * float(x.var(0).mean())
+    search = GridSearchCV(Ridge(), {'alpha': [(size + 1e-9) * a for a in (0.1, 1, 10, 100)]}, cv=splits,
+                          scoring='neg_mean_squared_error').fit(x, y, groups=document)
+    held_out = cross_val_predict(search.best_estimator_, x, y, groups=document, cv=splits)
+    return search.predict, fit_scale(held_out, y)
 
 
-def spearman(a, b):
-    """Spearman's correlation, average ranks for ties; 0, not NaN, where one is constant."""
-    def rank(x):
-        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    a, b = rank(np.asarray(a)), rank(np.asarray(b))
-    spread = a.std() * b.std()
-    return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 1e-12 else 0.0
+def spearman(a, b, n=1000):
+    """Spearman's correlation x 100, average ranks for ties, with its 95 % interval over pairs: (value, low, high).
+
+    0, not NaN, where one is constant; to six places, since what a product rounds differently is no order.
+    """
+    at = np.vstack((np.arange(len(a)), np.random.default_rng(0).integers(0, len(a), (n, len(a)))))
+    x, y = (rankdata(np.round(np.asarray(v, float), 6)[at], axis=1) for v in (a, b))
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    r = 100 * (x * y).sum(1) / np.maximum(np.sqrt((x * x).sum(1) * (y * y).sum(1)), 1e-9)
+    return float(r[0]), float(np.quantile(r[1:], 0.025)), float(np.quantile(r[1:], 0.975))
 
 
 def geometry(x, rng):
@@ -186,42 +204,44 @@ def geometry(x, rng):
     t = torch.from_numpy(x)
     s = torch.linalg.svdvals(t - t.mean(0)).double() ** 2
     a, b = x[rng.permutation(len(x))], x[rng.permutation(len(x))]
-    return {'rank_centred': lib.rank_me(t - t.mean(0)), 'rank': lib.rank_me(t),
+    return {'RankMe, centred': lib.rank_me(t - t.mean(0)), 'RankMe': lib.rank_me(t),
             'participation': float(s.sum() ** 2 / (s ** 2).sum()) if s.sum() > 1e-9 else 1.0,
-            'cos_random': float((a * b).sum(1).mean()),
+            'cosine of random pairs': float(cosine(a, b).mean()),
             'uniformity': float(np.log(np.exp(-2 * ((a - b) ** 2).sum(1)).mean())),
-            'std': float(x.std(0).mean() * x.shape[1] ** 0.5), 'sentences': len(x), 'dimensions': x.shape[1]}
+            '√d × deviation': float(x.std(0).mean() * x.shape[1] ** 0.5), 'sentences': len(x), 'dimensions': x.shape[1]}
 
 
-def tfidf(sentences, idf_from, width=2**18):
-    """Unit-norm sparse vectors of token 1- and 2-grams, hashed to `width`: function of lists of sentence indices.
+def text_scores(texts, truth):
+    """BLEU (13a, 95 % interval over sentences) and chrF of sacrebleu, mean ROUGE F1 x 100 of rouge_score."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU, CHRF
+    bleu = BLEU().corpus_score(texts, [truth], n_bootstrap=1000)
+    scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
+    rouge = [scorer.score(t, w) for t, w in zip(truth, texts)]
+    return cells('BLEU', (bleu.score, bleu._mean - bleu._ci, bleu._mean + bleu._ci)) | \
+        {'chrF': CHRF().corpus_score(texts, [truth]).score} | \
+        {f'ROUGE-{k}': 100 * float(np.mean([r[f'rouge{k}'].fmeasure for r in rouge])) for k in '12L'}
 
-    Returns (matrix of all sentences as torch sparse CSR (N, width), vector(list of ids) -> (indices, values)).
+
+def roll_out(windows, predict, feed, context):
+    """Concepts expected 1 to HORIZON sentences after each of the `windows`, lists of what is read: (HORIZON, n, d).
+
+    predict(read, windows) reads at most `context` of them, first those of a window, then what feed(p) makes of the
+    predictions so far: themselves, or the sentences they were written as.
     """
-    def grams(ids):
-        ids = np.asarray(ids, dtype=np.int64)
-        pairs = (ids[:-1] * 1_000_003 + ids[1:] * 7_919 + 17) % (width // 2) + width // 2
-        return np.concatenate((ids % (width // 2), pairs))
-    seen = np.zeros(width)
-    for ids in idf_from:
-        seen[np.unique(grams(ids))] += 1
-    idf = np.log((1 + len(idf_from)) / (1 + seen)) + 1
-
-    def vector(ids):
-        index, count = np.unique(grams(ids), return_counts=True)
-        value = (1 + np.log(count)) * idf[index]
-        return index, value / max(np.linalg.norm(value), 1e-12)
-    parts = [vector(ids) for ids in sentences]
-    with warnings.catch_warnings(action='ignore'):  # torch calls its sparse tensors beta
-        matrix = torch.sparse_csr_tensor(torch.from_numpy(np.cumsum([0, *(len(i) for i, _ in parts)])),
-                                         torch.from_numpy(np.concatenate([i for i, _ in parts])),
-                                         torch.from_numpy(np.concatenate([v for _, v in parts])).float(),
-                                         (len(sentences), width), check_invariants=False)
-    return matrix, vector
+    read, out = [list(w) for w in windows], []
+    for _ in range(HORIZON):
+        read = [r[-context:] for r in read]
+        ends = np.cumsum([len(r) for r in read])
+        p = predict([x for r in read for x in r], list(zip(ends - [len(r) for r in read], ends)))
+        out.append(p)
+        for r, f in zip(read, feed(p)):
+            r.append(f)
+    return np.stack(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Baseline encoders and STS
+# Baselines, and what is read from outside
 
 def random_encoder(encoder, sentences, seed):
     """The same architecture and pooling with random weights, whitened on `sentences`: all that it knows of text.
@@ -251,9 +271,17 @@ def token_means(table, sentences, weight=None):
     out = np.zeros((len(sentences), table.shape[1]), np.float32)
     for i, ids in enumerate(sentences):
         if len(ids):
-            w = np.ones(len(ids)) if weight is None else weight[ids]
-            out[i] = (table[ids] * w[:, None]).sum(0) / max(w.sum(), 1e-12)
+            out[i] = np.average(table[ids], 0, None if weight is None else weight[ids] + 1e-12)
     return out
+
+
+def tfidf(idf_from):
+    """Function of lists of token ids to sparse unit-norm rows of hashed 1- and 2-grams, their idf from `idf_from`."""
+    def as_text(sequences):
+        return [' '.join(map(str, ids)) for ids in sequences]
+    counts = HashingVectorizer(token_pattern=r'\S+', ngram_range=(1, 2), alternate_sign=False, norm=None)
+    fitted = make_pipeline(counts, TfidfTransformer(sublinear_tf=True)).fit(as_text(idf_from))
+    return lambda sequences: fitted.transform(as_text(sequences))
 
 
 def read_sts(path):
@@ -261,33 +289,28 @@ def read_sts(path):
 
     Raises Mistake, naming the line, where a row is not of that form.
     """
+    def is_score(text):
+        try:
+            return bool(np.isfinite(float(text)))
+        except ValueError:
+            return False
+    rows, last = [], None
     try:
         with open(path, encoding='utf-8', newline='') as f:
-            head = f.readline()
+            tabs = '\t' in f.readline()
             f.seek(0)
-            tabs = '\t' in head
-            table = list(csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE) if tabs else csv.reader(f))
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f'cannot read --sts={path}: {error}') from None
-    rows, at = [], None
-    for number, row in enumerate(table, 1):
-        if not row:
-            continue
-        def score(i, row=row):
-            try:
-                value = float(row[i])
-            except (ValueError, IndexError):
-                return None
-            return value if np.isfinite(value) else None
-        if at is None:
-            at = next((i for i in (len(row) - 1, 0) if len(row) >= 3 and score(i) is not None), None)
-            if at is None:
-                if number == 1:
+            reader = csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE) if tabs else csv.reader(f)
+            for row in filter(None, reader):
+                if last is None and len(row) >= 3 and (is_score(row[-1]) or is_score(row[0])):
+                    last = is_score(row[-1])
+                if last is None and reader.line_num == 1:
                     continue  # a header
-                raise Mistake(f'{path}, line {number}: expected score, sentence, sentence or sentence, sentence, score')
-        if score(0 if at == 0 else -1) is None or len(row) < 3:
-            raise Mistake(f'{path}, line {number}: no score where the other lines have it')
-        rows.append((score(0 if at == 0 else -1), *(row[1:3] if at == 0 else row[-3:-1])))
+                if last is None or len(row) < 3 or not is_score(row[-1] if last else row[0]):
+                    raise Mistake(f'{path}, line {reader.line_num}: expected a score, first or last in every row, and '
+                                  'two sentences')
+                rows.append((float(row[-1]), *row[-3:-1]) if last else (float(row[0]), *row[1:3]))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Mistake(f'cannot read --sts={path}: {error}') from None
     if not rows:
         raise Mistake(f'{path}: no pair of sentences in it')
     return rows
@@ -296,7 +319,7 @@ def read_sts(path):
 def sts_files(names):
     """{name: rows} of the setting `sts`."""
     if names != 'hub':
-        return {os.path.basename(n): read_sts(n) for n in names.split(',')}
+        return {os.path.basename(n): read_sts(n) for n in filter(None, names.split(','))}
     try:
         import datasets
         return {f'STS-B {split}': [(r['score'], r['sentence1'], r['sentence2']) for r in
@@ -306,53 +329,19 @@ def sts_files(names):
         raise Mistake(f'cannot download STS-B ({type(error).__name__}): give --sts=<file of score, s1, s2>') from None
 
 
-def sts_scores(rows, encoder, random, idf):
-    """Spearman x 100 of the cosine of each pair with the human score, for the encoder and its baselines."""
-    tokens = [encoder.tokenizer.encode_batch([r[i] for r in rows]) for i in (1, 2)]
-    human = [r[0] for r in rows]
-    rng = np.random.default_rng(0)
-    lot = rng.standard_normal((encoder.model.config.vocab_size, 256)).astype(np.float32)
-    own = encoder.model.target.embedding.weight.detach().cpu().numpy()
-
-    def measure(embed):
-        a, b = embed(tokens[0]), embed(tokens[1])
-        return 100 * spearman((unit(a) * unit(b)).sum(1), human)
-
-    def centred_own(t):
-        return token_means(own, t) - token_means(own, tokens[0] + tokens[1]).mean(0)
-    a, b = (encoder.encode_tokens(t) for t in tokens)
-    return {'model': 100 * spearman((a * b).sum(1), human), 'random encoder': measure(random.encode_tokens),
-            'random token mean': measure(lambda t: token_means(lot, t)),
-            'random token mean, idf': measure(lambda t: token_means(lot, t, idf)),
-            'own token mean, centred': measure(centred_own),
-            'shuffled pairs': 100 * spearman((a * b[rng.permutation(len(b))]).sum(1), human)}
-
-
 def judge_encoder(name):
-    """Function of a list of str to unit-norm vectors (n, d): mean over tokens of a `transformers` model, in fp32."""
+    """Function of a list of str to unit-norm vectors (n, d) of a sentence-transformers model; None without a name."""
+    if not name:
+        return None
     try:
-        import transformers  # optional: pip install transformers
-        tokenizer, net = (kind.from_pretrained(name) for kind in (transformers.AutoTokenizer, transformers.AutoModel))
+        from sentence_transformers import SentenceTransformer  # optional: pip install sentence-transformers
+        net = SentenceTransformer(name, device='cpu')
     except ImportError:
-        raise Mistake('--judge needs `pip install transformers`') from None
+        raise Mistake('--judge needs `pip install sentence-transformers`') from None
     except (OSError, ValueError) as error:
         raise Mistake(f'cannot load --judge={name}: {str(error).splitlines()[0]}') from None
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return lambda texts: net.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
-    @torch.inference_mode()
-    def embed(texts):
-        out = []
-        for start in range(0, len(texts), batch_size):
-            inputs = tokenizer(texts[start:start + batch_size], padding=True, truncation=True, return_tensors='pt')
-            inside = inputs['attention_mask'][..., None].float()
-            h = net.eval()(**inputs).last_hidden_state.float()
-            out.append((h * inside).sum(1) / inside.sum(1).clamp(min=1))
-        return unit(torch.cat(out).numpy())
-    return embed
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The evaluation
 
 def load(path):
     """Encoder, decoder or None, and corpora of a run; raises Mistake."""
@@ -364,315 +353,368 @@ def load(path):
             raise Mistake(f'--device={device}: this machine, or this build of torch, has no CUDA')
     except (RuntimeError, TypeError):
         raise Mistake(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'") from None
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
     try:
-        encoder = lib.load_encoder(path, where, dtype)
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        decoder = None
+        encoder, decoder = lib.load_encoder(path, where, dtype), None
         if os.path.exists(os.path.join(folder, 'decoder.pt')):
             decoder = lib.load_decoder(folder, where, dtype)
-            said, is_ = decoder.encoder_fingerprint, lib.fingerprint(encoder.model)
-            if abs(said - is_) > 1e-6 * abs(is_):
+            if abs(decoder.encoder_fingerprint / lib.fingerprint(encoder.model) - 1) > 1e-6:
                 print(f'{folder}/decoder.pt was trained on another encoder than {path}: it is left out')
                 decoder = None
         if decoder and os.path.exists(os.path.join(folder, 'language_model.pt')):
             decoder.language_model = lib.load_decoder(folder, where, dtype, 'language_model')
-        where = data_dir or encoder.settings['data_dir']
-        train, val = Corpus(where, 'train'), Corpus(where, 'val')
+        data = data_dir or encoder.settings['data_dir']
+        train, val = Corpus(data, 'train'), Corpus(data, 'val')
     except (OSError, ValueError, ImportError) as error:
         raise Mistake(str(error)) from None
     if val.tokenizer_spec['sha256'] != encoder.tokenizer_sha256:
-        raise Mistake(f'{where} was prepared with another tokenizer than {path} was trained on: give its --data_dir')
+        raise Mistake(f'{data} was prepared with another tokenizer than {path} was trained on: give its --data_dir')
     return encoder, decoder, train, val
 
 
-def evaluate(encoder, decoder, train_corpus, corpus, sts_pairs, judged_by=None):
-    """All metrics as {section: {row: {column: number}}}, and what the samples and pictures need."""
-    rng = np.random.default_rng(seed)
-    steps = tqdm(total=10 if decoder else 7, desc='evaluate', disable=not sys.stderr.isatty())
+# ---------------------------------------------------------------------------------------------------------------
+# The parts of the evaluation: each takes a Study and returns {section: {row: {column: number}}}
 
-    def progress(name):
-        steps.set_description(name)
-        steps.update(1)
-        if steps.disable:  # a log
-            print(f'evaluate.py: {name}', file=sys.stderr, flush=True)
+class Study:
+    """What all parts read: sentences, their concepts, the model's predictions and those of its baselines."""
 
-    # concepts, predictions and their baselines
-    items = Items(corpus, rng, max_pairs, context=eval_context)
-    train = Items(train_corpus, rng, np.inf, max_train_sentences, eval_context, each=None)
-    z_all, z_train_all = (encoder.encode_tokens(x.sentences, batch_size, False) for x in (items, train))
-    document = items.document[items.target]
-    progress('predict')
+    def __init__(self, encoder, decoder, train_data, val_data, sts_pairs=None, judged_by=None):
+        self.encoder, self.decoder, self.sts_pairs, self.judged_by = encoder, decoder, sts_pairs or {}, judged_by
+        rng = np.random.default_rng(seed)
+        self.items = Items(val_data, rng, max_pairs, context=eval_context)
+        self.train = Items(train_data, rng, np.inf, max_train_sentences, eval_context, each=None)
+        self.z_all, self.z_train_all = (self.concepts(encoder, x.sentences) for x in (self.items, self.train))
+        self.random = random_encoder(encoder, self.train.sentences[:4000], seed + 1)
+        self.r_all = self.concepts(self.random, self.items.sentences)
+        self.document = self.items.document[self.items.target]
+        self.z, z_train = self.z_all[self.items.target], self.z_train_all[self.train.target]
+        self.mean = z_train.mean(0)
+        train_p = self.predictors(self.train, self.z_train_all)
+        self.p_by = self.predictors(self.items, self.z_all)
+        self.scale = {k: fit_scale(p, z_train) for k, p in train_p.items()}
+        ridge, self.scale['ridge'] = fit_ridge(train_p['context mean'], z_train, self.train.document[self.train.target])
+        self.p_by['ridge'] = ridge(self.p_by['context mean']).astype(np.float32)
+        self.p = self.p_by['model']
+        self.candidates = self.items.candidates(rng, eval_context)
+        self.texts = {}  # what the decoder wrote for the pairs `generated`
+        self.generated = np.sort(rng.permutation(len(self.z))[:max_generated])
+        self.counts = {'pairs': len(self.z), 'documents': int(self.items.document[-1]) + 1,
+                       'sentences': len(self.z_all), 'train sentences read': len(self.z_train_all),
+                       'train pairs': len(z_train)}
 
-    z, z_train = z_all[items.target], z_train_all[train.target]
-    mean_target = z_train.mean(0)
+    @staticmethod
+    def concepts(by, sentences):
+        return by.encode_tokens(sentences, batch_size, False)
 
+    @staticmethod
     def predictions(by, x, concepts):
+        """Of the pairs of x, by the encoder `by`, whose concepts of x.sentences these are."""
         if by.model.config.context == 'concepts':  # at hand: not encoded again
             return by.roll(concepts, x.windows)
         return by.predict_windows(x.sentences, x.windows, batch_size)
 
-    def predictors(x, z_all):
-        mean = unit(np.stack([z_all[a:b].mean(0) for a, b in x.windows]))
-        p = predictions(encoder, x, z_all)
-        return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': mean,
-                'shuffled context': np.roll(p, len(p) // 3, 0),
-                'mean target': np.repeat(unit(mean_target)[None], len(p), 0)}
-    train_p, p_by = predictors(train, z_train_all), predictors(items, z_all)
-    scale = {k: float((p * z_train).sum() / (p * p).sum()) for k, p in train_p.items()}
-    (w, b), scale['ridge'] = fit_ridge(train_p['context mean'], z_train, train.document[train.target])
-    p_by['ridge'] = (p_by['context mean'] @ w + b).astype(np.float32)
+    def predictors(self, x, z_all):
+        p = self.predictions(self.encoder, x, z_all)
+        return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': window_means(x, z_all),
+                'shuffled context': np.roll(p, len(p) // 3, 0), 'mean target': np.tile(unit(self.mean), (len(p), 1))}
 
-    candidates = items.candidates(rng, eval_context)
-    other = candidates['a'][:, 1]  # another sentence of the document
-    far = np.roll(items.target, len(z) // 2)
-    far_ok, near_ok = items.document[far] != document, other >= 0
-    sections = {'feature similarity': {}, 'retrieval in document': {}, 'retrieval corpus': {}}
-    for name, p in p_by.items():
-        value, low, high = skills(p, z, mean_target, scale[name], document)
+    def text(self, ids):
+        return self.encoder.tokenizer.decode(ids)
+
+    def write(self, concepts, sure=1.0):
+        return self.decoder.generate(concepts, max_tokens=max_new_tokens, batch_size=batch_size, sure=sure)
+
+
+def window_means(x, z_all):
+    """Of the pairs of x, the mean of the z_all (N, d) of the window's sentences, at length 1."""
+    return unit(np.stack([z_all[a:b].mean(0) for a, b in x.windows]))
+
+
+def leak(s):
+    """Distance of predictions from those after the next sentences were replaced: 0, or the answer was read."""
+    sentences, changed, windows = [], [], []
+    for i in np.random.default_rng(seed).permutation(len(s.z))[:64]:
+        a, b = s.items.windows[i]
+        windows.append((len(sentences), len(sentences) + b - a))
+        after = s.items.sentences[b:b + 2]
+        sentences += [*s.items.sentences[a:b], *after]
+        changed += [*s.items.sentences[a:b], *s.items.sentences[:len(after)]]
+    p, q = (s.encoder.predict_windows(x, windows, batch_size) for x in (sentences, changed))
+    return float(np.linalg.norm(p - q, axis=1).mean())
+
+
+def similarity(s):
+    near = s.candidates['a'][:, 1]  # another sentence of the document
+    far = np.roll(s.items.target, len(s.z) // 2)
+    far_ok, near_ok = s.items.document[far] != s.document, near >= 0
+    rows = {}
+    for name, p in s.p_by.items():
+        rows[name] = cells('skill', skills(p, s.z, s.mean, s.scale[name], s.document))
         p = unit(p)
-        sections['feature similarity'][name] = {
-            'skill': value, 'skill_low': low, 'skill_high': high, 'cos_true': float((p * z).sum(1).mean()),
-            'cos_in_document': float((p * z_all[other]).sum(1)[near_ok].mean()) if near_ok.any() else 0.0,
-            'cos_unrelated': float((p * z_all[far]).sum(1)[far_ok].mean()) if far_ok.any() else 0.0}
+        rows[name] |= {'cosine, true': float(cosine(p, s.z).mean()),
+                       'in document': float(cosine(p, s.z_all[near])[near_ok].mean()) if near_ok.any() else 0.0,
+                       'unrelated': float(cosine(p, s.z_all[far])[far_ok].mean()) if far_ok.any() else 0.0}
+    return {'feature similarity': rows, 'leak': {'model': {'distance': leak(s)}}}
 
-    # retrieval: the same items for all, each in its own space
-    progress('retrieval')
-    random = random_encoder(encoder, train.sentences[:4000], seed + 1)
-    r_all = random.encode_tokens(items.sentences, batch_size, False)
-    table = encoder.model.target.embedding.weight.detach().cpu().numpy()
-    t_all = token_means(table, items.sentences)
+
+def retrieval(s):
+    x, document = s.items, s.document
+    table = s.encoder.model.target.embedding.weight.detach().cpu().numpy()
+    t_all = token_means(table, x.sentences)
     t_all = unit(t_all - t_all.mean(0))
-    matrix, vector = tfidf(items.sentences, train.sentences)
+    vectors = tfidf(s.train.sentences)
+    queries, bags = vectors([np.concatenate(x.sentences[a:b]) for a, b in x.windows]), vectors(x.sentences).T.tocsr()
 
-    def dense(query, all_):
+    def dense(query, all_):  # each in its own space
         return lambda at: torch.from_numpy(query[at]) @ torch.from_numpy(all_).T
-
-    def sparse(at):
-        out = []
-        for part in np.array_split(at, max(len(at) // 64, 1)):
-            q = torch.zeros(matrix.shape[1], len(part))
-            for j, i in enumerate(part):
-                index, value = vector(np.concatenate(items.sentences[items.start[i]:items.target[i]]))
-                q[torch.from_numpy(index), j] = torch.from_numpy(value).float()
-            out.append((matrix @ q).T)
-        return torch.cat(out)
-
-    def window_mean(all_):
-        return unit(np.stack([all_[a:b].mean(0) for a, b in items.windows]))
-    spaces = {name: dense(unit(p), z_all) for name, p in p_by.items() if name != 'mean target'}
-    spaces |= {'random encoder': dense(predictions(random, items, r_all), r_all),
-               'token mean': dense(window_mean(t_all), t_all), 'TF-IDF of the window': sparse}
-    place = {}
+    spaces = {name: dense(unit(p), s.z_all) for name, p in s.p_by.items() if name != 'mean target'}
+    spaces |= {'random encoder': dense(s.predictions(s.random, x, s.r_all), s.r_all),
+               'token mean': dense(window_means(x, t_all), t_all),
+               'TF-IDF of the window': lambda at: (queries[at] @ bags).toarray()}
+    inside, corpus, place = {}, {}, {}
     for name, similar in spaces.items():
-        place[name] = {k: ranks(similar, c) for k, c in candidates.items()}
-        (a, _), (b, top), (c, _) = (place[name][k] for k in ('a', 'b', 'corpus'))
-        row = sections['retrieval in document'][name] = {}
-        for column, values in (('R@1', a == 1), ('MRR', 1 / a)):
-            row[column], row[column + '_low'], row[column + '_high'] = bootstrap(values, document)
-        row |= {'R@1 (b)': float((b == 1).mean()), 'MRR (b)': float((1 / b).mean()),
-                'copy rate': float(((top >= items.start) & (top < items.target)).mean())}
-        row = sections['retrieval corpus'][name] = {'R@1': float((c == 1).mean()), 'R@10': float((c <= 10).mean())}
-        row['MRR'], row['MRR_low'], row['MRR_high'] = bootstrap(1 / c, document)
-    gain = sections['what is learned'] = {}
-    copy = scale['copy-last'] * p_by['copy-last']
-    more = {'skill over copy-last': skills(p_by['model'], z, mean_target, scale['model'], document, copy)}
-    for key, where in (('a', 'in document'), ('corpus', 'in corpus')):
-        ours, untrained = (1 / place[k][key][0] for k in ('model', 'random encoder'))
-        more[f'MRR {where} over the random encoder'] = bootstrap(ours - untrained, document)
-    for name, values in more.items():
-        gain[name] = dict(zip(('gain', 'gain_low', 'gain_high'), values))
-    for section, key in (('retrieval in document', 'a'), ('retrieval corpus', 'corpus')):
-        one, mrr = chance(candidates[key])
-        sections[section]['chance'] = {'R@1': one, 'MRR': mrr}
+        (a, _), (b, top), (c, _) = (ranks(similar, s.candidates[k]) for k in ('a', 'b', 'corpus'))
+        place[name] = {'in document': 1 / a, 'in corpus': 1 / c}
+        inside[name] = cells('R@1', bootstrap(a == 1, document)) | cells('MRR', bootstrap(1 / a, document)) | {
+            'R@1 (b)': float((b == 1).mean()), 'MRR (b)': float((1 / b).mean()),
+            'copy rate': float(((top >= x.start) & (top < x.target)).mean())}
+        corpus[name] = {'R@1': float((c == 1).mean()), 'R@10': float((c <= 10).mean())} | \
+            cells('MRR', bootstrap(1 / c, document))
+    for rows, key in ((inside, 'a'), (corpus, 'corpus')):
+        rows['chance'] = dict(zip(('R@1', 'MRR'), chance(s.candidates[key])))
+    copy = s.scale['copy-last'] * s.p_by['copy-last']
+    gains = {'skill over copy-last': skills(s.p, s.z, s.mean, s.scale['model'], document, copy)}
+    for where in ('in document', 'in corpus'):
+        gains[f'MRR {where} over the random encoder'] = bootstrap(
+            place['model'][where] - place['random encoder'][where], document)
+    return {'retrieval in document': inside, 'retrieval corpus': corpus,
+            'what is learned': {name: cells('gain', values) for name, values in gains.items()}}
 
-    progress('geometry')
-    few = rng.permutation(len(z_all))[:20_000]
-    noise = unit(rng.standard_normal((len(few), z_all.shape[1])))
-    sections['geometry'] = {'model': geometry(z_all[few], rng), 'random encoder': geometry(r_all[few], rng),
-                            'Gaussian': geometry(noise, rng)}
 
-    # large concept model's measures (Barrault et al. 2024, arXiv:2412.08821)
-    p = p_by['model']
-    sections['contrast'] = {}
-    rand = z[rng.permutation(len(z))]
-    for name, q in p_by.items():
+def shape(s):
+    rng = np.random.default_rng(seed)
+    few = rng.permutation(len(s.z_all))[:20_000]
+    clouds = {'model': s.z_all[few], 'random encoder': s.r_all[few],
+              'Gaussian': unit(rng.standard_normal((len(few), s.z_all.shape[1])))}
+    return {'geometry': {name: geometry(x, rng) for name, x in clouds.items()}}
+
+
+def contrast(s):
+    rows, other = {}, s.z[np.random.default_rng(seed).permutation(len(s.z))]
+    for name, q in s.p_by.items():
         q = unit(q)
-        near = np.array([(z_all[a:b] @ q[i]).max() / max((z_all[a:b] @ z[i]).max(), 0.05)
-                         for i, (a, b) in enumerate(items.windows)])
-        sections['contrast'][name] = {'CA': float((((q - z) ** 2).sum(1) < ((q - rand) ** 2).sum(1)).mean()),
-                                      'PAR': float(np.median(near))}
-    progress('STS')
-    df = np.zeros(encoder.model.config.vocab_size)
-    for ids in train.sentences:
-        df[np.unique(ids)] += 1
-    idf = np.log((1 + len(train.sentences)) / (1 + df))
-    if sts_pairs:
-        sections['STS, Spearman x 100'] = {}
-        for name, rows in sts_pairs.items():
-            for row, value in sts_scores(rows, encoder, random, idf).items():
-                sections['STS, Spearman x 100'].setdefault(row, {})[name] = value
-
-    keep = {'items': items, 'z_all': z_all, 'p': p, 'texts': None, 'r_all': r_all}
-    progress('rollout')
-    if encoder.model.config.context == 'concepts':
-        rows = horizons(encoder, decoder, train, items, z_train_all, z_all, mean_target, rng)
-        sections |= {'rollout, sentences ahead': rows} if rows else {}
-    if decoder:
-        sections |= decode(decoder, encoder, items, z, p, z_all, mean_target, scale['mean target'], document, rng,
-                           progress, keep, judged_by)
-    steps.close()
-    counts = {'pairs': len(z), 'documents': int(items.document[-1]) + 1, 'sentences': len(z_all),
-              'train sentences read': len(z_train_all), 'train pairs': len(z_train)}
-    return sections, counts, keep
+        near = [(s.z_all[a:b] @ q[i]).max() / max((s.z_all[a:b] @ s.z[i]).max(), 0.05)
+                for i, (a, b) in enumerate(s.items.windows)]
+        closer = ((q - s.z) ** 2).sum(1) < ((q - other) ** 2).sum(1)
+        rows[name] = cells('CA', bootstrap(closer, s.document)) | {'PAR': float(np.median(near))}
+    return {'contrast': rows}
 
 
-def decode(decoder, encoder, items, z, p, z_all, mean_target, mean_sure, document, rng, progress, keep,
-           judged_by):
-    """Sections of what the decoder writes, and of what it says about the true sentences."""
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
-    at = np.sort(rng.permutation(len(z))[:max_generated])
-    text = encoder.tokenizer.decode
-    truth = [text(items.sentences[i]) for i in items.target[at]]
-    progress('write')
+def probes(s):
+    """What a linear map reads from a single concept, trained on one part of the sentences and tested on another."""
+    x, t = s.items, s.train
+    n, m = min(PROBED, len(x.sentences)), min(PROBED, len(t.sentences))
+    clouds = {'model': (s.z_train_all[:m], s.z_all[:n]),
+              'random encoder': (s.concepts(s.random, t.sentences[:m]), s.r_all[:n])}
+
+    def facts(y, size):
+        ids, of = y.sentences[:size], y.document[:size]
+        place = (np.arange(size) - y.first[of]) / np.maximum(y.first[of + 1] - y.first[of] - 1, 1)
+        return {'length, R²': np.log1p([len(i) for i in ids]), 'position, R²': place,
+                'first token': np.array([i[0] if len(i) else -1 for i in ids])}
+    learn, test = facts(t, m), facts(x, n)
+    common = np.unique(learn['first token'], return_counts=True)
+    common = common[0][np.argsort(-common[1], kind='stable')[:20]]
+    of, even = x.document[:n], np.arange(n) % 2 == 0
+    fit, held = (np.flatnonzero((of < 100) & half) for half in (even, ~even))
+    rows = {name: {} for name in (*clouds, 'guess')}
+    for name, (a, b) in clouds.items():
+        a, b = (v * v.shape[1] ** 0.5 for v in (a, b))
+        for what in ('length, R²', 'position, R²'):
+            y, truth = (v[what][:, None] for v in (learn, test))
+            guess = Ridge(100.0).fit(a, y).predict(b).reshape(-1, 1)
+            rows[name] |= cells(what, skills(guess, truth, y.mean(0), 1.0, of))
+            rows['guess'][what] = 0.0
+        seen, asked = (np.flatnonzero(np.isin(v['first token'], common)) for v in (learn, test))
+        for what, one, y, two, truth, docs in (
+                ('first token', a[seen], learn['first token'][seen], b[asked], test['first token'][asked], of[asked]),
+                ('document', b[fit], of[fit], b[held], of[held], of[held])):
+            if len(np.unique(y)) > 1 and len(truth):
+                right = RidgeClassifier(100.0).fit(one, y).predict(two) == truth
+                rows[name] |= cells(f'{what}, accuracy', bootstrap(right, docs))
+                values, often = np.unique(y, return_counts=True)
+                rows['guess'][f'{what}, accuracy'] = float((truth == values[often.argmax()]).mean())
+    return {'probes': rows}
+
+
+def sentence_pairs(s):
+    """Spearman x 100 of the cosine of each pair with the human score, for the encoder and its baselines."""
+    vocabulary = s.encoder.model.config.vocab_size
+    df = np.bincount(np.concatenate([np.unique(ids) for ids in s.train.sentences]), minlength=vocabulary)
+    idf = np.log((1 + len(s.train.sentences)) / (1 + df))
+    own = s.encoder.model.target.embedding.weight.detach().cpu().numpy()
+    lot = np.random.default_rng(0).standard_normal((vocabulary, 256)).astype(np.float32)
+    section = {}
+    for file, rows in s.sts_pairs.items():
+        tokens = [s.encoder.tokenizer.encode_batch([r[i] for r in rows]) for i in (1, 2)]
+        mean = token_means(own, tokens[0] + tokens[1]).mean(0)
+        ways = {'model': s.encoder.encode_tokens, 'random encoder': s.random.encode_tokens,
+                'random token mean': lambda t: token_means(lot, t),
+                'random token mean, idf': lambda t: token_means(lot, t, idf),
+                'own token mean, centred': lambda t, mean=mean: token_means(own, t) - mean}
+        human = [r[0] for r in rows]
+        for name, embed in ways.items():
+            a, b = (unit(embed(t)) for t in tokens)
+            section.setdefault(name, {}).update(cells(file, spearman(cosine(a, b), human)))
+            if name == 'model':
+                b = b[np.random.default_rng(0).permutation(len(b))]
+                section.setdefault('shuffled pairs', {}).update(cells(file, spearman(cosine(a, b), human)))
+    return {'STS, Spearman x 100': section} if section else {}
+
+
+def rollouts(s):
+    """Predictions fed back, as concepts and as text, beside the last sentence read."""
+    rng = np.random.default_rng(seed)
+    starts = []
+    for x in (s.train, s.items):
+        end = np.minimum(x.target + HORIZON - 1, len(x.document) - 1)
+        whole = (x.document[end] == x.document[x.target]) & (end - x.target == HORIZON - 1)
+        starts.append(np.sort(rng.permutation(np.flatnonzero(whole))[:MAX_ROLLOUTS]))
+    if not all(map(len, starts)):
+        return {}  # no document is long enough
+    stories, of_concepts = [], s.encoder.model.config.context == 'concepts'
+
+    def as_text(p):
+        texts = s.write(p, s.decoder.prediction_sure)
+        stories.append(texts)
+        return s.encoder.encode(texts) if of_concepts else s.encoder.tokenizer.encode_batch(texts)
+
+    def predict(read, windows):
+        return s.encoder.roll(np.stack(read), windows) if of_concepts else s.encoder.predict_windows(read, windows)
+    feeds = ({'concepts': lambda p: p} if of_concepts else {}) | ({'text': as_text} if s.decoder else {})
+    found = []
+    for x, z, at in zip((s.train, s.items), (s.z_train_all, s.z_all), starts):
+        windows = [(z if of_concepts else x.sentences)[x.start[i]:x.target[i]] for i in at]
+        stories.clear()  # of training; those of validation stay
+        found.append({kind: roll_out(windows, predict, feed, eval_context) for kind, feed in feeds.items()}
+                     | {'copy-last': np.repeat(z[x.target[at] - 1][None], HORIZON, 0)})
+    x, at, rows = s.items, starts[1], {}
+    for h in range(HORIZON):
+        true, document = x.target[at] + h, s.document[at]
+        candidates = np.full((len(at), 32), -1)  # the true one, and others that were neither read nor passed over
+        for i, (start, t) in enumerate(zip(x.start[at], true)):
+            pool = x.others(rng, start, t)
+            candidates[i, 0], candidates[i, 1:1 + len(pool)] = t, pool
+        for kind in found[1]:
+            p_train, p = (f[kind][h] for f in found)
+            scale = fit_scale(p_train, s.z_train_all[s.train.target[starts[0]] + h])
+            rank, _ = ranks(lambda i, p=p: torch.from_numpy(unit(p[i]) @ s.z_all.T), candidates)
+            row = rows[f'{kind}, {h + 1}'] = cells('skill', skills(p, s.z_all[true], s.mean, scale, document)) | \
+                cells('MRR', bootstrap(1 / rank, document)) | {'chance': chance(candidates)[1]}
+            if kind == 'text':
+                so_far = list(zip(*stories[:h + 1]))
+                bigrams = [[pair for t in story for pair in zip(t.split(), t.split()[1:])] for story in so_far]
+                row['distinct-2'] = float(np.mean([len(set(b)) / max(len(b), 1) for b in bigrams]))
+                row['repeated'] = float(np.mean([story[-1] in story[:-1] for story in so_far]))
+    return {'rollout, sentences ahead': rows}
+
+
+def text(s):
+    """What the decoder writes: from the sentence's own concept (reconstruct) and from the predicted one (predict)."""
+    if not s.decoder:
+        return {}
+    at, sure = s.generated, s.decoder.prediction_sure
+    truth = [s.text(s.items.sentences[i]) for i in s.items.target[at]]
     shuffled = np.roll(np.arange(len(at)), len(at) // 2)
-    concepts = unit(z[at])
-    with torch.inference_mode(), decoder.autocast:
-        none = decoder.model.generate(torch.zeros(1, z.shape[1], device=decoder.device),
-                                      sure=torch.zeros(1, device=decoder.device))[0].tolist()
-    eos = decoder.model.config.eos
-    none = decoder.tokenizer.decode(none[:none.index(eos)] if eos in none else none)
-    sure = decoder.prediction_sure
-    rebuilt = decoder.generate(concepts, batch_size=batch_size)
-    predicted = decoder.generate(p[at], batch_size=batch_size, sure=sure)
-    wrote = {'reconstruct': rebuilt, 'reconstruct, shuffled concept': [rebuilt[i] for i in shuffled],
-             'predict': predicted, 'predict, shuffled concept': [predicted[i] for i in shuffled],
-             'no concept': [none] * len(at),
-             'copy-last': [text(items.sentences[i - 1]) for i in items.target[at]]}
-    scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
-    out = {'text': {}, 'perplexity': {}, 'round trip': {}}
-    for name, texts in wrote.items():
-        rouge = [scorer.score(t, w) for t, w in zip(truth, texts)]
-        out['text'][name] = {'BLEU': sacrebleu.corpus_bleu(texts, [truth]).score,
-                             'chrF': sacrebleu.corpus_chrf(texts, [truth]).score}
-        for kind in ('1', '2', 'L'):
-            f1 = np.mean([r[f'rouge{kind}'].fmeasure for r in rouge])
-            out['text'][name][f'ROUGE-{kind}'] = 100 * float(f1)
-    if judged_by:
-        said = judged_by(truth)
-        out['judge'] = {name: dict(zip(('cosine', 'cosine_low', 'cosine_high'),
-                                       bootstrap((judged_by(texts) * said).sum(1), document[at])))
-                        for name, texts in wrote.items()}
-    keep['texts'] = {'at': at, 'truth': truth, 'reconstruct': rebuilt, 'predict': predicted}
-
-    progress('perplexity')
-    some = np.sort(rng.permutation(len(z))[:max_scored])
-    sentences = [items.sentences[i] for i in items.target[some]]
-    tokens = np.array([len(s) + 1 for s in sentences])  # the end of the sentence counts
-    size = np.array([len(text(s).encode()) for s in sentences])
-    roll = np.roll(some, len(some) // 2)
-    given = {'D(z)': z[some], 'D(z), shuffled': z[roll], 'D(p)': p[some], 'D(p), shuffled': p[roll],
-             'mean concept': np.repeat(unit(mean_target)[None], len(some), 0), 'no concept': None}
-    as_sure = {'D(p)': sure, 'D(p), shuffled': sure, 'mean concept': min(max(mean_sure, 0), 1)}
-    nats = {name: decoder.nll(sentences, c, batch_size, as_sure.get(name, 1.0)) for name, c in given.items()}
-    if decoder.language_model:
-        before = [items.sentences[items.start[i]:items.target[i]] for i in some]
-        nats['language model, reading the window'] = decoder.language_model.nll_in_context(sentences, before)
-    for name, n in nats.items():
-        mean, low, high = bootstrap(n / tokens, document[some], tokens)
-        gain, gain_low, gain_high = bootstrap((nats['no concept'] - n) / tokens, document[some], tokens)
-        out['perplexity'][name] = {'nats per token': mean, 'low': low, 'high': high, 'perplexity': float(np.exp(mean)),
-                                   'bits per byte': float(n.sum() / np.log(2) / size.sum()), 'information': gain,
-                                   'information_low': gain_low, 'information_high': gain_high}
-    progress('round trip')
-    again = {'D(z)': encoder.encode(rebuilt), 'D(p)': encoder.encode(predicted)}
-    out['round trip']['cos(E(D(z)), z)'] = {'model': float((again['D(z)'] * z[at]).sum(1).mean()),
-                                            'shuffled': float((again['D(z)'] * z[at][shuffled]).sum(1).mean())}
-    gap = np.linalg.norm(again['D(p)'] - z[at], axis=1) - np.linalg.norm(p[at] - z[at], axis=1)
-    out['round trip']['‖E(D(p)) − z‖ − ‖p − z‖'] = {'model': float(gap.mean())}
+    rebuilt, predicted = s.write(s.z[at]), s.write(s.p[at], sure)
+    none, = s.write(np.zeros((1, s.z.shape[1])), 0.0)
+    s.texts = {'reconstruct': rebuilt, 'reconstruct, shuffled concept': [rebuilt[i] for i in shuffled],
+               'predict': predicted, 'predict, shuffled concept': [predicted[i] for i in shuffled],
+               'no concept': [none] * len(at),
+               'copy-last': [s.text(s.items.sentences[i - 1]) for i in s.items.target[at]]}
+    out = {'text': {name: text_scores(texts, truth) for name, texts in s.texts.items()}}
+    if s.judged_by:
+        said = s.judged_by(truth)
+        out['judge'] = {name: cells('cosine', bootstrap(cosine(s.judged_by(texts), said), s.document[at]))
+                        for name, texts in s.texts.items()}
+    again = {'D(z)': s.encoder.encode(rebuilt), 'D(p)': s.encoder.encode(predicted)}
+    gap = np.linalg.norm(again['D(p)'] - s.z[at], axis=1) - np.linalg.norm(s.p[at] - s.z[at], axis=1)
+    out['round trip'] = {'cos(E(D(z)), z)': {'model': float(cosine(again['D(z)'], s.z[at]).mean()),
+                                             'shuffled': float(cosine(again['D(z)'], s.z[at][shuffled]).mean())},
+                         '‖E(D(p)) − z‖ − ‖p − z‖': {'model': float(gap.mean())}}
     return out
 
 
-def roll_out(items, z_all, starts, predict, feed, context):
-    """Concepts expected 1 to HORIZON sentences after the windows of the pairs `starts`: (HORIZON, n, d).
+def perplexity(s):
+    """What the true sentences cost given a concept, none, and another's; information is none less given."""
+    if not s.decoder:
+        return {}
+    some = np.sort(np.random.default_rng(seed).permutation(len(s.z))[:max_scored])
+    sentences = [s.items.sentences[i] for i in s.items.target[some]]
+    tokens = np.array([len(i) + 1 for i in sentences])  # the end of the sentence counts
+    size = sum(len(s.text(i).encode()) for i in sentences)
+    roll, sure = np.roll(some, len(some) // 2), s.decoder.prediction_sure
+    given = {'D(z)': (s.z[some], 1.0), 'D(z), shuffled': (s.z[roll], 1.0), 'D(p)': (s.p[some], sure),
+             'D(p), shuffled': (s.p[roll], sure), 'no concept': (None, 0.0),
+             'mean concept': (np.tile(unit(s.mean), (len(some), 1)), np.clip(s.scale['mean target'], 0, 1))}
+    nats = {name: s.decoder.nll(sentences, c, batch_size, sure) for name, (c, sure) in given.items()}
+    if s.decoder.language_model:
+        before = [s.items.sentences[s.items.start[i]:s.items.target[i]] for i in some]
+        nats['language model, reading the window'] = s.decoder.language_model.nll_in_context(sentences, before)
+    rows = {}
+    for name, n in nats.items():
+        rows[name] = cells('nats per token', bootstrap(n / tokens, s.document[some], tokens))
+        rows[name] |= {'perplexity': float(np.exp(rows[name]['nats per token'])),
+                       'bits per byte': float(n.sum() / np.log(2) / size)}
+        rows[name] |= cells('information', bootstrap((nats['no concept'] - n) / tokens, s.document[some], tokens))
+    return {'perplexity': rows}
 
-    predict(concepts, windows) reads at most `context` concepts, first those of a window, then what feed(p) makes of the
-    predictions so far: themselves, or the concepts of the sentences they were written as.
-    """
-    read, out = [z_all[items.start[i]:items.target[i]] for i in starts], []
-    for _ in range(HORIZON):
-        read = [r[-context:] for r in read]
-        ends = np.cumsum([len(r) for r in read])
-        p = predict(np.concatenate(read), list(zip(ends - [len(r) for r in read], ends)))
-        out.append(p)
-        read = [np.concatenate((r, f[None])) for r, f in zip(read, feed(p))]
-    return np.stack(out)
+
+PARTS = (similarity, retrieval, shape, contrast, probes, sentence_pairs, rollouts, text, perplexity)
+NOTES = {  # what works and what has collapsed, below the section's table
+    'feature similarity': 'Skill: the variance of z that p explains. In a collapse cosines go to 1, skill to 0.',
+    'leak': 'Of predictions from those with other sentences after the window: 0, or they have read the answer.',
+    'retrieval in document': 'Among up to 31 others of the document from outside the window; (b): and the window.',
+    'retrieval corpus': 'Among one sentence of each other document. High here and chance above: topic only.',
+    'geometry': 'RankMe near 1, or random pairs at cosine 1: collapsed.',
+    'contrast': 'Barrault et al. 2024 (arXiv:2412.08821). CA: p is nearer to z than to another z, chance .5; PAR: '
+                'max cos(p, window) over max cos(z, window), 1 where p repeats no more than the truth does.',
+    'probes': 'What a linear map reads from one concept. Document: of 100, learned from half of its sentences.',
+    'STS, Spearman x 100': 'Published for STS-B: mean of GloVe 58.0 (test), next-sentence contrast from BERT 67.1 '
+                           '(dev), SimCSE 76.9 (test).',
+    'rollout, sentences ahead': 'Predictions fed back, as they are and as text; copy-last is the last sentence read.',
+    'judge': 'Cosine of the judge encoder between the true sentence and what was written.',
+    'perplexity': 'Works: concept below none below shuffled. Information: nats per token, none less given.'}
 
 
-def horizons(encoder, decoder, train, items, z_train_all, z_all, mean_target, rng):
-    """The section of predictions that are fed back, as concepts and as text, beside the last sentence read."""
-    rows, starts, context = {}, [], max(items.target - items.start)
-    for x in (train, items):
-        far = np.minimum(x.target + HORIZON - 1, len(x.document) - 1)
-        whole = np.flatnonzero((x.document[far] == x.document[x.target]) & (far - x.target == HORIZON - 1))
-        starts.append(np.sort(rng.permutation(whole)[:MAX_ROLLOUTS]))
-    if not all(map(len, starts)):
-        return rows  # no document is long enough
-    written = []
-
-    def as_text(p):
-        texts = decoder.generate(p, sure=decoder.prediction_sure, batch_size=batch_size)
-        written.append(texts)
-        return encoder.encode(texts)
-    feeds = {'concepts': lambda p: p} | ({'text': as_text} if decoder else {})
-    found = [{kind: roll_out(x, z, at, encoder.roll, feed, context) for kind, feed in feeds.items()}
-             | {'copy-last': np.repeat(z[x.target[at] - 1][None], HORIZON, 0)}
-             for x, z, at in zip((train, items), (z_train_all, z_all), starts)]
-    at = starts[1]
-    document = items.document[items.target[at]]
-    first = np.searchsorted(items.document, np.arange(items.document[-1] + 2))
-    for h in range(HORIZON):
-        true = items.target[at] + h
-        # the true one, and others of its document that were neither read nor passed over
-        pools = [np.concatenate((np.arange(first[d], s), np.arange(t + 1, first[d + 1])))
-                 for d, s, t in zip(document, items.start[at], true)]
-        candidates = np.full((len(at), 32), -1)
-        candidates[:, 0] = true
-        for i, pool in enumerate(pools):
-            candidates[i, 1:1 + min(31, len(pool))] = rng.permutation(pool)[:31]
-        for kind in found[1]:
-            (p_train, p), z = (f[kind][h] for f in found), z_all[true]
-            z_train = z_train_all[train.target[starts[0]] + h]
-            scale = float((p_train * z_train).sum() / max((p_train * p_train).sum(), 1e-12))
-            row = rows[f'{kind}, {h + 1}'] = dict(zip(('skill', 'skill_low', 'skill_high'),
-                                                      skills(p, z, mean_target, scale, document)))
-            rank, _ = ranks(lambda i, p=p: torch.from_numpy(unit(p[i])) @ torch.from_numpy(z_all).T, candidates)
-            row['MRR'], row['MRR_low'], row['MRR_high'] = bootstrap(1 / rank, document)
-            row['chance'] = chance(candidates)[1]
-            if kind == 'text':
-                stories = list(zip(*written[HORIZON:HORIZON + h + 1]))  # of validation; those of training come first
-                pairs = [[pair for text in story for pair in zip(text.split(), text.split()[1:])] for story in stories]
-                row['distinct-2'] = float(np.mean([len(set(b)) / max(len(b), 1) for b in pairs]))
-                row['repeated'] = float(np.mean([story[-1] in story[:-1] for story in stories]))
-    return rows
+def evaluate(s):
+    """All metrics of the Study s, {section: {row: {column: number}}}: printed, written as json and reported alike."""
+    sections = {}
+    for part in tqdm(PARTS, desc='evaluate', disable=not sys.stderr.isatty()):
+        if not sys.stderr.isatty():  # a log
+            print(f'evaluate.py: {part.__name__}', file=sys.stderr, flush=True)
+        sections |= part(s)
+    return sections
 
 
 def verdict(sections):
-    """('learns' | 'topic only' | 'collapsed', the rule that gave it), and the baselines that beat the model."""
-    f, g = sections['feature similarity'], sections['geometry']['model']
-    inside, corpus, gain = (sections[k] for k in ('retrieval in document', 'retrieval corpus', 'what is learned'))
-    share = g['rank_centred'] / g['dimensions']
-    beaten = [f'{name} on {column} of {section}' for section, column in
-              (('feature similarity', 'skill'), ('retrieval in document', 'MRR'), ('retrieval corpus', 'MRR'),
-               ('STS, Spearman x 100', None)) if section in sections
-              for column in ([column] if column else sections[section]['model'])
+    """'learns', 'topic only', 'collapsed' or 'leaks'; the rule that gave it; the baselines ahead of the model."""
+    f, g = sections['feature similarity']['model'], sections['geometry']['model']
+    inside, corpus = sections['retrieval in document'], sections['retrieval corpus']
+    share, apart = g['RankMe, centred'] / g['dimensions'], g['cosine of random pairs']
+    headlines = [('feature similarity', 'skill'), ('retrieval in document', 'MRR'), ('retrieval corpus', 'MRR')]
+    similar = 'STS, Spearman x 100'
+    headlines += [(similar, c) for c in sections.get(similar, {}).get('model', {}) if not c.endswith(('_low', '_high'))]
+    beaten = [f'{name} on {column} of {section}' for section, column in headlines
               for name, row in sections[section].items() if row[column] > sections[section]['model'][column]]
-    if g['cos_random'] > 0.5 or share < 0.05 or f['model']['skill_high'] <= 0:
-        return 'collapsed', (f"unrelated sentences have cosine {g['cos_random']:.2f} (rule: above .5), centred rank is "
-                             f"{100 * share:.0f} % of the width (below 5 %), or skill {f['model']['skill']:.3f} is not "
-                             'above 0'), beaten
-    if inside['model']['MRR_low'] > inside['chance']['MRR'] and f['model']['skill_low'] > 0 and \
-            all(row['gain_low'] > 0 for row in gain.values()):
+    if sections['leak']['model']['distance'] > 0.1:
+        return 'leaks', 'predictions change with the sentences that they are to predict', beaten
+    if apart > 0.5 or share < 0.05 or f['skill_high'] <= 0 or corpus['model']['MRR_low'] <= corpus['chance']['MRR']:
+        return 'collapsed', (f'unrelated sentences have cosine {apart:.2f} (rule: above .5), centred rank is '
+                             f'{100 * share:.0f} % of the width (below 5 %), skill {f["skill"]:.3f} is not above 0, or '
+                             f"corpus MRR {corpus['model']['MRR']:.3f} not above chance"), beaten
+    if inside['model']['MRR_low'] > inside['chance']['MRR'] and f['skill_low'] > 0 and \
+            all(row['gain_low'] > 0 for row in sections['what is learned'].values()):
         return 'learns', ('skill is above 0 and above copy-last, retrieval in the document above chance, and there and '
                           'in the corpus above the same model with random weights, by 95 % intervals'), beaten
     return 'topic only', (f"retrieval over the corpus has MRR {corpus['model']['MRR']:.3f} (chance "
@@ -692,188 +734,240 @@ def markdown(sections):
     """The tables; an interval stands behind its number."""
     out = []
     for title, rows in sections.items():
-        columns = list(dict.fromkeys(c for r in rows.values() for c in r if not c.endswith(('low', 'high'))))
+        columns = list(dict.fromkeys(c for r in rows.values() for c in r if not c.endswith(('_low', '_high'))))
         out += [f'### {title}', '', '| |' + ' | '.join(columns) + ' |', '|---|' + '---:|' * len(columns)]
         for name, row in rows.items():
-            cells = []
+            line = []
             for c in columns:
-                low = row.get(f'{c}_low', row.get('low') if c == 'nats per token' else None)
-                high = row.get(f'{c}_high', row.get('high') if c == 'nats per token' else None)
-                interval = f' ({number(low)} to {number(high)})' if low is not None else ''
-                cells.append(number(row[c]) + interval if c in row else '')
-            out.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-        out.append('')
+                between = f' ({number(row[c + "_low"])} to {number(row[c + "_high"])})' if c + '_low' in row else ''
+                line.append(number(row[c]) + between if c in row else '')
+            out.append(f'| {name} | ' + ' | '.join(line) + ' |')
+        out += ['', NOTES[title], ''] if title in NOTES else ['']
     return '\n'.join(out)
 
 
 def escape(text):
     """Text that markdown shows as it is."""
-    return ''.join('\\' + c if c in '\\`*_{}[]<>()#+-!|~' else c for c in text.replace('\n', ' '))
+    return ''.join('\\' + c if c in '\\`*_{}[]<>()#+-!|~&' else c for c in ' '.join(text.split()))
 
 
-def samples(encoder, keep, rng):
+def samples(s):
     """A dozen samples, chosen by seed."""
-    items, texts, text = keep['items'], keep['texts'], encoder.tokenizer.decode
-    pool = texts['at'] if texts else np.arange(len(items.target))
-    out = []
-    for j in np.sort(rng.permutation(len(pool))[:n_samples]):
-        i = pool[j]
-        near = np.argsort(-(keep['z_all'] @ keep['p'][i]), kind='stable')[:3]
-        lines = [('context', ' / '.join(text(s) for s in items.sentences[items.start[i]:items.target[i]][-3:])),
-                 ('true next', text(items.sentences[items.target[i]]))]
-        if texts:
-            lines += [('reconstruction', texts['reconstruct'][j]), ('prediction', texts['predict'][j])]
-        lines += [(f'nearest {k + 1}', text(items.sentences[n])) for k, n in enumerate(near)]
-        out.append('\n'.join(f'- **{k}**: {escape(v)}' for k, v in lines))
+    x, out = s.items, []
+    for j in np.sort(np.random.default_rng(seed).permutation(len(s.generated))[:n_samples]):
+        i = s.generated[j]
+        lines = {'context': ' / '.join(s.text(t) for t in x.sentences[x.start[i]:x.target[i]][-3:]),
+                 'true next': s.text(x.sentences[x.target[i]])}
+        lines |= {what: s.texts[key][j] for what, key in (('reconstruction', 'reconstruct'), ('prediction', 'predict'))
+                  if s.texts}
+        near = np.argsort(-(s.z_all @ s.p[i]), kind='stable')[:3]
+        lines |= {f'nearest {k + 1}': s.text(x.sentences[n]) for k, n in enumerate(near)}
+        out.append('\n'.join(f'- **{k}**: {escape(v)}' for k, v in lines.items()))
     return '\n\n---\n\n'.join(out)
 
 
-def pictures(folder, sections, keep):
-    """Retrieval against baselines, singular values, and cosines; returns their file names."""
+def read_log(path, *columns):
+    """Columns of a metrics csv, as lists, from the rows that have them all; empty lists without such a file."""
+    if not os.path.exists(path):
+        return [[] for _ in columns]
+    with open(path, encoding='utf-8') as f:
+        rows = [[float(r[c]) for c in columns] for r in csv.DictReader(f) if all(r[c] for c in columns)]
+    return [list(c) for c in zip(*rows)] or [[] for _ in columns]
+
+
+def pictures(folder, s, sections):
+    """Draw what the numbers say; returns the file names. Readable in black and white."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    plt.rcParams.update({'figure.figsize': (7, 3.6), 'figure.dpi': 110, 'axes.grid': True, 'grid.alpha': 0.3,
-                         'axes.spines.top': False, 'axes.spines.right': False, 'savefig.bbox': 'tight'})
+    plt.rcParams.update({'figure.dpi': 110, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False,
+                         'axes.spines.right': False, 'savefig.bbox': 'tight', 'legend.frameon': False})
     names = []
 
     def save(name):
+        plt.tight_layout()
         plt.savefig(os.path.join(folder, name), metadata={'Software': None})
         plt.close()
         names.append(name)
-    rows = {k: v for k, v in sections['retrieval corpus'].items() if 'MRR_low' in v}
-    y = np.arange(len(rows))[::-1]
-    _, axes = plt.subplots(1, 2, sharey=True)
-    for axis, section, title in zip(axes, ('retrieval in document', 'retrieval corpus'), ('in document (a)', 'corpus')):
-        r = [sections[section][k] for k in rows]
+
+    def curves(name, *panels):
+        """Panels of lines: (x label, y label, {line: (x, y, style)}); a panel or picture without points is left out."""
+        panels = [p for p in panels if any(len(x) > 1 for x, _, _ in p[2].values())]
+        if not panels:
+            return
+        _, axes = plt.subplots(1, len(panels), figsize=(7, 3.2), squeeze=False)
+        for axis, (xlabel, ylabel, lines) in zip(axes[0], panels):
+            for label, (x, y, style) in lines.items():
+                axis.plot(x, y, style, color='0.6' if style == '-.' else 'black', markersize=4, label=label)
+            axis.set(xlabel=xlabel, ylabel=ylabel)
+            axis.legend(fontsize=8, loc='lower left', bbox_to_anchor=(-0.05, 1), handlelength=1.6)
+        save(name)
+
+    models = [k for k, v in sections['retrieval corpus'].items() if 'MRR_low' in v]
+    y = np.arange(len(models))[::-1]
+    _, axes = plt.subplots(1, 2, sharey=True, figsize=(7, 3.6))
+    for axis, section in zip(axes, ('retrieval in document', 'retrieval corpus')):
+        r = [sections[section][k] for k in models]
         m = np.array([v['MRR'] for v in r])
         axis.barh(y, m, xerr=[m - [v['MRR_low'] for v in r], [v['MRR_high'] for v in r] - m], capsize=2,
-                  color=['0.25'] + ['0.75'] * (len(rows) - 1), edgecolor='black')
+                  color=['0.25'] + ['0.75'] * (len(models) - 1), edgecolor='black')
         axis.axvline(sections[section]['chance']['MRR'], color='black', linestyle=':', label='chance')
-        axis.set(title=title, xlabel='mean reciprocal rank, 95 % interval', yticks=y, yticklabels=list(rows))
-    axes[1].legend(frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1.12))
+        axis.set(title=section, xlabel='mean reciprocal rank, 95 % interval', yticks=y, yticklabels=models)
+    axes[1].legend(loc='lower right', bbox_to_anchor=(1, 1.05))
     save('retrieval.png')
 
-    plt.figure()
-    for name, x, style in (('model', keep['z_all'], '-'), ('random encoder', keep['r_all'], '--'),
-                           ('Gaussian', unit(np.random.default_rng(0).standard_normal(keep['z_all'].shape)), ':')):
-        s = torch.linalg.svdvals(torch.from_numpy(x - x.mean(0))).numpy()
-        plt.semilogy(np.arange(1, len(s) + 1), s / max(s.sum(), 1e-12), style, color='black', label=name)
-    plt.xlabel('singular value, by size')
-    plt.ylabel('share of their sum')
-    plt.legend(frameon=False)
-    save('spectrum.png')
+    spectrum = {}
+    for name, x, style in (('model', s.z_all, '-'), ('random encoder', s.r_all, '--'),
+                           ('Gaussian', np.random.default_rng(0).standard_normal(s.z_all.shape), ':')):
+        v = torch.linalg.svdvals(torch.from_numpy(unit(x) - unit(x).mean(0))).numpy()
+        spectrum[name] = (np.arange(1, len(v) + 1), np.log10(np.maximum(v / max(v.sum(), 1e-12), 1e-9)), style)
+    curves('spectrum.png', ('singular value, by size', 'share of their sum, log₁₀', spectrum))
 
-    items, p, z_all = keep['items'], keep['p'], keep['z_all']
-    plt.figure()
-    for label, q, hatch in (('true next', items.target, ''), ('same document', items.start, '///'),
-                            ('unrelated', np.roll(items.target, len(p) // 2), '...')):
-        plt.hist((p * z_all[q]).sum(1), bins=np.linspace(-0.6, 1, 65), density=True, histtype='step', hatch=hatch,
-                 label=label, color={'': 'black', '///': '0.4', '...': '0.65'}[hatch])
-    plt.xlabel('cosine of prediction and concept')
-    plt.ylabel('density')
-    plt.legend(frameon=False)
-    save('cosines.png')
+    x, bins = s.items, np.linspace(-0.6, 1, 65)
+    spread = {}
+    for name, q, style in (('true next', x.target, '-'), ('same document', s.candidates['a'].max(1), '--'),
+                           ('unrelated', np.roll(x.target, len(s.p) // 2), ':')):
+        share, _ = np.histogram(cosine(unit(s.p), s.z_all[q]), bins, density=True)
+        spread[name] = ((bins[1:] + bins[:-1]) / 2, share, style)
+    curves('cosines.png', ('cosine of prediction and concept', 'density', spread))
 
-    ahead = sections.get('rollout, sentences ahead', {})
+    ahead, h = sections.get('rollout, sentences ahead', {}), np.arange(1, HORIZON + 1)
+    styles = {'concepts': 'o-', 'text': 's--', 'copy-last': '^:'}
+    by = [{kind: (h, [ahead[f'{kind}, {i}'][column] for i in h], style) for kind, style in styles.items()
+           if f'{kind}, 1' in ahead} for column in ('skill', 'MRR')]
     if ahead:
-        x = np.arange(1, HORIZON + 1)
-        _, axes = plt.subplots(1, 2)
-        for kind, style in (('concepts', 'o-'), ('text', 's--'), ('copy-last', '^:')):
-            rows = [ahead[f'{kind}, {h}'] for h in x if f'{kind}, {h}' in ahead]
-            for axis, column in zip(axes, ('skill', 'MRR')):
-                if rows:
-                    axis.plot(x, [r[column] for r in rows], style, color='black', markersize=4, label=kind)
-        axes[1].plot(x, [ahead[f'copy-last, {h}']['chance'] for h in x], color='0.7', label='chance')
-        axes[0].set(xlabel='sentences ahead', ylabel='skill')
-        axes[1].set(xlabel='sentences ahead', ylabel='MRR in the document')
-        axes[1].legend(frameon=False)
-        plt.tight_layout()
-        save('horizon.png')
+        by[1]['chance'] = (h, [ahead[f'copy-last, {i}']['chance'] for i in h], '-.')
+    curves('horizon.png', ('sentences ahead', 'skill', by[0]), ('sentences ahead', 'MRR in the document', by[1]))
 
-    path = os.path.join(folder, 'metrics.csv')
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            log = [r for r in csv.DictReader(f) if r['val_mrr']]
-        if len(log) > 1:
-            x = [int(r['tokens']) / 1e6 for r in log]
-            _, axes = plt.subplots(1, 2)
-            for axis, pair, label in ((axes[0], ('val_mrr', 'val_copy_mrr'), 'MRR, validation rows'),
-                                      (axes[1], ('val_skill', 'val_copy_skill'), 'skill')):
-                for key, style, name in zip(pair, ('-', '--'), ('model', 'copy-last')):
-                    axis.plot(x, [float(r[key]) for r in log], style, color='black', label=name)
-                axis.set(xlabel='million tokens of training', ylabel=label)
-                axis.legend(frameon=False)
-            plt.tight_layout()
-            save('training.png')
+    def training(file, pairs):
+        return {name: (np.array(t) / 1e6, v, style) for name, column, style in pairs
+                for t, v in [read_log(os.path.join(folder, file), 'tokens', column)]}
+    tokens = 'million tokens'
+    curves('training_encoder.png', *((tokens, label, training('metrics.csv', pairs)) for label, pairs in (
+        ('loss', [('training', 'loss', '-.'), ('validation', 'val_loss', '-')]),
+        ('MRR', [('model', 'val_mrr', '-'), ('copy-last', 'val_copy_mrr', '--')]),
+        ('skill', [('model', 'val_skill', '-'), ('copy-last', 'val_copy_skill', '--')]))))
+    curves('training_decoder.png', (tokens, 'nats per token', training('metrics_decoder.csv', [
+        ('training', 'loss', '-.'), ('concept', 'val_loss', '-'), ('no concept', 'val_unconditional', '--'),
+        ('shuffled', 'val_shuffled', ':')])))
+
+    longest = np.argsort(-np.diff(x.first), kind='stable')[:8]  # documents
+    at = np.concatenate([np.arange(x.first[d], min(x.first[d + 1], x.first[d] + 60)) for d in longest])
+    if len(at) > 2:
+        pca = PCA(2).fit(s.z_all[at])
+        plt.figure(figsize=(5, 4.4))
+        for k, d in enumerate(longest):
+            xy = pca.transform(s.z_all[at[x.document[at] == d]])
+            plt.scatter(*xy.T, s=22, marker='osD^v<>P'[k], color=plt.cm.viridis(k / 8), edgecolor='black',
+                        linewidth=0.4, label=f'document {k + 1}')
+        plt.xlabel('first principal component')
+        plt.ylabel('second')
+        plt.title(f'{100 * pca.explained_variance_ratio_.sum():.0f} % of the variance of the concepts of 8 documents',
+                  fontsize=10)
+        plt.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+        save('map.png')
     return names
 
 
-def answer(encoder, decoder, corpus, text):
-    """Print what the models make of the sentences of a prompt."""
-    sentences = split_sentences(text)
-    if not sentences:
-        raise Mistake('--prompt holds no sentence')
-    items = Items(corpus, np.random.default_rng(seed), max_pairs, 20_000, eval_context)
-    z_all, z = encoder.encode_tokens(items.sentences), encoder.encode(sentences)
-    write = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+# ---------------------------------------------------------------------------------------------------------------
+# Answers to a person, or a program
 
-    def nearest(v):
-        for i in np.argsort(-(z_all @ v), kind='stable')[:3]:
-            print(f'    {z_all[i] @ v:.2f}  {encoder.tokenizer.decode(items.sentences[i])}')
-    for i, sentence in enumerate(sentences):
-        print(f'sentence: {sentence}')
-        if decoder:
-            print(f'  reconstruction: {decoder.generate(z[i:i + 1], **write)[0]}')
-        print('  nearest in validation:')
-        nearest(z[i])
+def answer(encoder, decoder, val):
+    """What the models make of the sentences of a prompt, or of two to walk between, as a dict."""
+    if corpus:
+        sentences = [t for d in read_file(corpus, 'text', '') if d for t in split_sentences(d)]
+        if not sentences:
+            raise Mistake(f'{corpus} holds no sentence')
+        tokens = encoder.tokenizer.encode_batch(sentences)
+    else:
+        tokens = Items(val, np.random.default_rng(seed), max_pairs, 20_000, eval_context).sentences
+    z_all = encoder.encode_tokens(tokens, batch_size)
+
+    def look(z, sure=1.0, seed=seed):
+        """What lies near the concept z, and what the decoder writes of it."""
+        near = [{'cosine': float(z_all[i] @ z), 'text': encoder.tokenizer.decode(tokens[i])}
+                for i in np.argsort(-(z_all @ z), kind='stable')[:3]]
+        if not decoder:
+            return {'nearest': near}
+        written, = decoder.generate(z[None], temperature, top_k, top_p, max_new_tokens, seed=seed, sure=sure)
+        return {'written': written, 'nearest': near}
+    if interpolate:
+        ends = [e.strip() for e in interpolate.split('||')]
+        if len(ends) != 2 or not all(ends):
+            raise Mistake('--interpolate expects "one sentence || another"')
+        a, b = encoder.encode(ends)
+        return {'interpolation': [{'share': share, **look(unit((1 - share) * a + share * b))}
+                                  for share in np.linspace(0, 1, 9).tolist()]}
+    given = sys.stdin.buffer.read() if prompt == '-' else prompt.encode()
+    if prompt_file:
+        with open(prompt_file, 'rb') as f:
+            given = f.read()
+    read = split_sentences(given.decode('utf-8', 'replace'))
+    if not read:
+        raise Mistake('the prompt holds no sentence')
     if steps > 1 and not decoder:
         raise Mistake(f'--steps={steps} needs a decoder to write with: train_decoder.py makes one')
-    for step in range(steps):
-        p = encoder.predict(sentences)
-        words = decoder and decoder.generate(p[None], sure=decoder.prediction_sure, **write | {'seed': seed + step})[0]
-        print(f'next sentence, in words: {words}' if decoder else 'next sentence:')
-        print('  nearest in validation:')
-        nearest(p)
-        sentences.append(words)
+    found = {'sentences': [{'sentence': t, **look(z)} for t, z in zip(read, encoder.encode(read))], 'continuations': []}
+    sure = decoder.prediction_sure if decoder else 0.0
+    for n in range(num_samples):
+        story = list(read)
+        for step in range(steps):
+            told = look(encoder.predict(story[-eval_context:]), sure, seed + n * steps + step)
+            story.append(told.get('written', ''))
+            found['continuations'].append({'sample': n + 1, 'step': step + 1, **told})
+    return found
+
+
+def show(found, indent=''):
+    """Print an answer for a person to read."""
+    for key, value in found.items():
+        if key == 'nearest':
+            for near in value:
+                print(f'{indent}  {near["cosine"]:.2f}  {near["text"]}')
+        elif isinstance(value, list):
+            for n, part in enumerate(value, 1):
+                print(f'{indent}{key.removesuffix("s")} {n}')
+                show(part, indent + '  ')
+        else:
+            print(f'{indent}{key}: {value if isinstance(value, str) else number(value)}')
 
 
 def main():
-    """Evaluate, or answer a prompt."""
-    encoder, decoder, train_corpus, corpus = load(out_dir)
-    folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
-    if any(a.startswith('--prompt=') for a in sys.argv):  # an empty one too: a mistake, not minutes of evaluation
-        answer(encoder, decoder, corpus, prompt)
+    """Evaluate, or answer."""
+    asked = any(a.startswith(('--prompt=', '--prompt_file=', '--interpolate=')) for a in sys.argv)  # empty: a mistake
+    encoder, decoder, train, val = load(out_dir)
+    if asked:
+        found = answer(encoder, decoder, val)
+        print(dumps(found, ensure_ascii=False, indent=1)) if json else show(found)
         return
+    folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
     if not decoder:
-        print(f'no decoder in {folder}: text and perplexity are left out, and what --judge says of them '
-              '(train_decoder.py makes one)')
+        print(f'no decoder in {folder}: text and perplexity are left out (train_decoder.py makes one)', file=sys.stderr)
     if not sts:
-        print('STS is left out: --sts=<file of score, s1, s2>, or --sts=hub')
-    judged_by = judge_encoder(judge) if judge else None  # a mistake in these two is told before minutes of work
-    sections, counts, keep = evaluate(encoder, decoder, train_corpus, corpus, sts_files(sts) if sts else {}, judged_by)
+        print('STS is left out: --sts=<file of score, s1, s2>, or --sts=hub', file=sys.stderr)
+    s = Study(encoder, decoder, train, val, sts_files(sts), judge_encoder(judge))
+    sections = evaluate(s)
     word, rule, beaten = verdict(sections)
-    table = markdown(sections)
-    names = pictures(folder, sections, keep)
-    behind = 'Baselines ahead of the model: ' + ('; '.join(beaten) if beaten else 'none') + '.'
-    report = '\n\n'.join([f'# {word}', f'Rule: {rule}.', behind,
-                          ', '.join(f'{v:,} {k}' for k, v in counts.items())
-                          + '. In brackets: 95 % intervals over documents.',
-                          '## Metrics', table, '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names),
-                          '## Samples', samples(encoder, keep, np.random.default_rng(seed))]) + '\n'
+    table, names = markdown(sections), pictures(folder, s, sections)
+    behind = f'Baselines ahead of the model: {"; ".join(beaten) or "none"}.'
+    counts = ', '.join(f'{v:,} {k}' for k, v in s.counts.items())
+    report = '\n\n'.join([f'# {word}', behind, f'{counts}. In brackets: 95 % intervals over documents.', '## Metrics',
+                          table, '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names), '## Samples', samples(s),
+                          f'**{word}**: {rule}.']) + '\n'
+    metrics = {'verdict': word, 'rule': rule, 'ahead of the model': beaten, 'counts': s.counts, 'metrics': sections,
+               'settings': settings}
     with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as f:
         f.write(report)
     with open(os.path.join(folder, 'metrics.json'), 'w', encoding='utf-8') as f:
-        json.dump({'verdict': word, 'rule': rule, 'ahead of the model': beaten, 'counts': counts, 'metrics': sections,
-                   'settings': settings}, f, indent=1)
-    print(table)
-    print(f'{behind}\n{word}: {rule}.\n{folder}/report.md has samples and pictures')
+        dump(metrics, f, indent=1)
+    print(dumps(metrics, indent=1) if json else
+          f'{table}\n{behind}\n{word}: {rule}.\n{folder}/report.md has samples and pictures')
 
 
 if __name__ == '__main__':
     settings = override(globals(), limits={
         **dict.fromkeys(('eval_context', 'max_pairs', 'max_train_sentences', 'max_generated', 'max_scored', 'n_samples',
-                         'batch_size', 'steps'), (1, np.inf)),
+                         'batch_size', 'steps', 'num_samples', 'max_new_tokens'), (1, np.inf)),
         **dict.fromkeys(('temperature', 'top_k', 'seed'), (0, np.inf)), 'top_p': (1e-6, 1)})
     try:
         main()

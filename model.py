@@ -907,11 +907,13 @@ class Decoder(nn.Module):
         return HeadCrossEntropy.apply(x.flatten(0, 1), self.head.weight, target.flatten(), counted.flatten(),
                                       torch.is_grad_enabled())
 
-    def losses(self, tokens, sentence, concepts, mask, sure=None):
-        """As forward, of each position (B, T), 0 where none is counted."""
+    def losses(self, tokens, sentence, concepts, mask, sure=None, only=True):
+        """As forward, of each position (B, T), 0 where none is counted or `only` (B, T) is False."""
         x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, sure)
-        loss = F.cross_entropy(self.head(x).flatten(0, 1).float(), target.flatten(), reduction='none')
-        return loss.view_as(target) * counted
+        at = counted & only
+        loss = torch.zeros(at.shape, device=x.device)
+        loss[at] = F.cross_entropy(self.head(x[at]).float(), target[at], reduction='none')
+        return loss
 
     def head_inputs(self, tokens, sentence, concepts, mask, sure=None):
         """What the head reads (B, T, n_embd), targets and which of them count (B, T); arguments as in forward."""
@@ -1067,11 +1069,23 @@ class SentenceEncoder:
     def encode(self, sentences, batch_size=64, show_progress_bar=None, **_) -> np.ndarray:
         """Concepts of `sentences` (a list of str, or one str): float32 (n, d) of unit norm, in the order given.
 
-        Tokens past `max_tokens` are cut. A bar is shown on a terminal from 10,000 sentences on, or as told.
+        Tokens past `max_tokens` are cut. A bar is shown on a terminal from 10,000 sentences on, or as told. MTEB gives
+        batches, {'text': list of str}, instead of sentences.
         """
         if isinstance(sentences, str):
             return self.encode([sentences], batch_size, show_progress_bar)[0]
-        return self.encode_tokens(self.tokenizer.encode_batch(list(sentences)), batch_size, show_progress_bar)
+        sentences = [t for s in sentences for t in (s['text'] if isinstance(s, dict) else [s])]
+        return self.encode_tokens(self.tokenizer.encode_batch(sentences), batch_size, show_progress_bar)
+
+    @staticmethod
+    def similarity(a, b):
+        """Cosines (n, m) of concepts a (n, d) and b (m, d)."""
+        return a @ b.T
+
+    @staticmethod
+    def similarity_pairwise(a, b):
+        """Cosines (n,) of the rows of concepts a and b (n, d)."""
+        return (a * b).sum(-1)
 
     @torch.inference_mode()
     def encode_tokens(self, sequences, batch_size=64, show_progress_bar=None) -> np.ndarray:
@@ -1225,8 +1239,9 @@ class ConceptDecoder:
             last = sentence.amax(1, keepdim=True)
             none = torch.zeros(len(index), int(last.max()) + 1, config.concept_dim, device=self.device)
             with self.autocast:
-                loss = self.model.losses(tokens, sentence, none, self.model.mask(sentence.clamp(max=0)), none[..., 0])
-            out[index] = (loss.double() * (sentence == last)).sum(1).cpu().numpy()
+                loss = self.model.losses(tokens, sentence, none, self.model.mask(sentence.clamp(max=0)), none[..., 0],
+                                         only=sentence == last)
+            out[index] = loss.double().sum(1).cpu().numpy()
         return out
 
 

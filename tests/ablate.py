@@ -57,8 +57,8 @@ ROWS = {
 COLUMNS = [('corpus MRR', 'retrieval corpus', 'model', 'MRR'), ('copy-last', 'retrieval corpus', 'copy-last', 'MRR'),
            ('in-document MRR', 'retrieval in document', 'model', 'MRR'),
            ('in-document R@1', 'retrieval in document', 'model', 'R@1'), ('skill', 'feature similarity', 'model', 'skill'),
-           ('STS', 'STS, Spearman x 100', 'model', None), ('rank', 'geometry', 'model', 'rank_centred'),
-           ('unrelated cosine', 'geometry', 'model', 'cos_random'),
+           ('STS', 'STS, Spearman x 100', 'model', None), ('rank', 'geometry', 'model', 'RankMe, centred'),
+           ('unrelated cosine', 'geometry', 'model', 'cosine of random pairs'),
            ('nats given the concept', 'perplexity', 'D(z)', 'nats per token')]
 
 

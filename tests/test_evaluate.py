@@ -2,11 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
+from datasets import Dataset, DatasetDict
 from scipy.stats import spearmanr
 
 import evaluate as ev
@@ -17,9 +21,27 @@ from prepare import Corpus
 def test_spearman_is_scipys():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 9, 300), rng.standard_normal(300)
-    assert ev.spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
-    assert ev.spearman(a, a * 3 + 1) == pytest.approx(1)
-    assert ev.spearman(np.ones(300), b) == 0
+    value, low, high = ev.spearman(a, b)
+    assert value == pytest.approx(100 * spearmanr(a, b).statistic)
+    draws = [rng.integers(0, 300, 300) for _ in range(400)]
+    again = [100 * spearmanr(a[i], b[i]).statistic for i in draws]
+    assert (low, high) == pytest.approx(np.quantile(again, (0.025, 0.975)), abs=2)
+    assert ev.spearman(a, a * 3 + 1)[0] == pytest.approx(100)
+    assert ev.spearman(1 + 1e-8 * b, b)[0] == 0, 'noise of rounding is no order'
+
+
+def test_text_scores_are_those_of_the_command_line(tmp_path):
+    truth = ['The river stood near the stone.', 'A cloud, and 12 lanterns!', 'Nothing else was said.']
+    wrote = ['The river stood by the stone.', 'A cloud and 13 lanterns.', 'Nobody said it.']
+    for name, lines in (('truth', truth), ('wrote', wrote)):
+        (tmp_path / name).write_text('\n'.join(lines) + '\n')
+    got = ev.text_scores(wrote, truth)
+    for name, key in (('bleu', 'BLEU'), ('chrf', 'chrF')):
+        said = subprocess.run([sys.executable, '-m', 'sacrebleu', tmp_path / 'truth', '-i', tmp_path / 'wrote', '-m', name, '-b', '-w', '6'],
+                              capture_output=True, text=True, check=True).stdout
+        assert got[key] == pytest.approx(float(said), abs=1e-5)
+    # by hand: 5 of 6 and 6 words in common, then 4 of 5 and 5, then 1 of 3 and 4
+    assert got['ROUGE-1'] == pytest.approx(100 * (5 / 6 + 4 / 5 + 2 / 7) / 3)
 
 
 def test_ranks_are_the_worst_among_equals_and_match_brute_force():
@@ -63,22 +85,15 @@ def test_the_interval_covers_and_narrows_with_documents():
     assert few[2] - few[1] > 1.5 * (high - low)
 
 
-def test_ridge_finds_a_linear_map():
-    rng = np.random.default_rng(5)
-    x, w = rng.standard_normal((2000, 6)), rng.standard_normal((6, 3))
-    got, offset = ev.ridge(x, x @ w + 2, penalty=1e-6)
-    assert np.allclose(got, w, atol=1e-3)
-    assert np.allclose(offset, 2, atol=1e-3)
-
-
-def test_tfidf_is_nearest_to_itself():
-    sentences = [np.array(s) for s in ([1, 2, 3], [4, 5], [1, 2, 9, 9], [7], [])]
-    matrix, vector = ev.tfidf(sentences, sentences)
-    dense = matrix.to_dense().numpy()
-    assert np.allclose(np.linalg.norm(dense, axis=1), [1, 1, 1, 1, 0], atol=1e-6)
-    index, value = vector(np.array([1, 2, 3]))
-    assert (dense[:, index] @ value).argmax() == 0
-    assert (dense[:, index] @ value)[1] == 0
+def test_tfidf_knows_what_the_split_never_had():
+    """Unseen grams count, most of all: a name that only this document has is what tells it from the others."""
+    vectors = ev.tfidf([[1, 2, 3], [1, 2], [1, 4, 5]])
+    dense = vectors([[1, 2, 3], [4, 5], [1, 77], [7], []])
+    assert np.allclose(np.sqrt(dense.multiply(dense).sum(1)).ravel(), [1, 1, 1, 1, 0])
+    like = (vectors([[1, 2, 3], [1, 77, 8]]) @ dense.T).toarray()
+    assert like[0].argmax() == 0
+    assert like[0, 3] == 0
+    assert like[1].argmax() == 2
 
 
 def test_rollouts_read_what_was_predicted(corpus_dir):
@@ -89,69 +104,122 @@ def test_rollouts_read_what_was_predicted(corpus_dir):
 
     def predict(concepts, windows):
         lengths.append([b - a for a, b in windows])
-        return np.stack([concepts[b - 1] + [1, 0, 0, 0] for a, b in windows]).astype(np.float32)
+        return np.stack([concepts[int(b) - 1] + [1, 0, 0, 0] for a, b in windows]).astype(np.float32)
     starts = np.arange(0, 30, 3)
-    found = ev.roll_out(items, z, starts, predict, lambda p: p, 8)
+    windows = [z[items.start[i]:items.target[i]] for i in starts]
+    found = ev.roll_out(windows, predict, lambda p: p, 8)
     for h in range(ev.HORIZON):
         assert np.allclose(found[h], z[items.target[starts] - 1] + np.array([h + 1, 0, 0, 0]), atol=1e-4)
     assert max(map(max, lengths)) == 8
-    text = ev.roll_out(items, z, starts, predict, lambda p: 0 * p, 8)  # fed back as something else
+    text = ev.roll_out(windows, predict, lambda p: 0 * p, 8)  # fed back as something else
     assert np.allclose(text[3], [1, 0, 0, 0])
 
 
-def cheats(items, z, rng):
-    """Predictions (n, d) of models that know nothing, only the topic, the last sentence, or the answer."""
-    topic = np.stack([z[items.document == d].mean(0) for d in items.document[items.target]])
-    return {'constant': np.ones((len(items.target), z.shape[1])), 'random': rng.standard_normal((len(items.target), z.shape[1])),
-            'topic': topic, 'copy': z[items.target - 1], 'leak': z[items.target]}
+class Cheat(lib.SentenceEncoder):
+    """A SentenceEncoder in all but what it makes of a sentence and of a window; `topic` is {sentence: vector}."""
+
+    def encode_tokens(self, sequences, batch_size=64, show_progress_bar=None):
+        return np.stack([self.concept(s) for s in sequences])
+
+    def roll(self, concepts, windows, batch_size=256):
+        return np.stack([self.guess(concepts, a, b) for a, b in windows])
+
+    def concept(self, ids):
+        """Its words, each a vector of its own, and the topic of its document."""
+        words = np.random.default_rng([5, len(ids), *map(int, ids)]).standard_normal(32)
+        return ev.unit(words + self.topic.get(tuple(ids), 0))
+
+    def guess(self, concepts, a, b):
+        return concepts[a:b].mean(0)
 
 
-def test_what_a_cheat_gets(corpus_dir):
-    rng = np.random.default_rng(6)
-    items = ev.Items(Corpus(corpus_dir, 'train'), rng, 600)
-    subject = rng.standard_normal((items.document[-1] + 1, 16))
-    z = ev.unit(subject[items.document] + rng.standard_normal((len(items.document), 16)))
-    candidates = items.candidates(rng, 8)
-    document, true = items.document[items.target], z[items.target]
-    got = {}
-    for name, p in cheats(items, z, rng).items():
-        p = ev.unit(p)
-        mrr = {k: (1 / ev.ranks(lambda at, p=p: torch.from_numpy(p[at] @ z.T), c)[0]).mean() for k, c in candidates.items()}
-        scale = (p * true).sum() / (p * p).sum()
-        got[name] = mrr, ev.skills(p, true, true.mean(0), scale, document)[0]
-    (_, chance_a), (_, chance_corpus) = ev.chance(candidates['a']), ev.chance(candidates['corpus'])
-    for name in ('constant', 'random'):
-        assert got[name][0]['a'] < chance_a + 0.03
-        assert got[name][0]['corpus'] < chance_corpus + 0.03
-        assert got[name][1] < 0.01
-    assert got['topic'][0]['corpus'] > 5 * chance_corpus, 'the topic tells documents apart'
-    assert got['copy'][0]['corpus'] > 2 * chance_corpus
-    assert got['leak'][0]['a'] == got['leak'][0]['corpus'] == 1
-    assert got['leak'][1] == pytest.approx(1)
+class Constant(Cheat):
+    def concept(self, ids):
+        return ev.unit(np.ones(32))
 
 
-def test_a_constant_encoder_gets_chance_or_less():
-    """The space in which all is one: cosine 1 with everything, and every measure says that it is worthless."""
-    rng = np.random.default_rng(7)
-    z = np.repeat(ev.unit(rng.standard_normal((1, 16))), 100, 0)
-    candidates = np.stack([np.roll(np.arange(100), -i)[:32] for i in range(100)])
-    got, _ = ev.ranks(lambda at: torch.from_numpy(z[at] @ z.T), candidates)
-    assert (got == 32).all()
-    assert ev.skills(z, z, z.mean(0), 1.0, np.arange(100))[0] == 0
-    shape = ev.geometry(z, rng)
-    assert shape['cos_random'] == pytest.approx(1, abs=1e-5)
-    assert shape['rank_centred'] <= 1.01
+class RankOne(Cheat):
+    def concept(self, ids):
+        return super().concept(ids)[0] / abs(super().concept(ids)[0]) * ev.unit(np.ones(32))
+
+
+class Topic(Cheat):
+    """Each sentence is its document's mean, and nothing of its own."""
+    def concept(self, ids):
+        return ev.unit(self.topic.get(tuple(ids), np.ones(32)))
+
+
+class Copy(Cheat):
+    def guess(self, concepts, a, b):
+        return concepts[b - 1]
+
+
+class Leak(Cheat):
+    def guess(self, concepts, a, b):
+        return concepts[min(b, len(concepts) - 1)]
+
+
+class Lot(Cheat):
+    """Predictions by lot."""
+    def guess(self, concepts, a, b):
+        return ev.unit(np.random.default_rng([int(a), int(b)]).standard_normal(32))
+
+
+@pytest.mark.parametrize(('kind', 'word'), [
+    (Constant, 'collapsed'), (RankOne, 'collapsed'), (Topic, 'topic only'), (Copy, 'topic only'), (Leak, 'leaks'), (Lot, 'collapsed'),
+    (None, 'topic only')])
+def test_what_a_cheat_gets(trained, corpus_dir, kind, word):
+    """Each the verdict it deserves, and no number that flatters it. None: the same model with random weights."""
+    corpora = [Corpus(corpus_dir, split) for split in ('train', 'val')]
+    encoder = lib.load_encoder(trained)
+    if kind:
+        encoder.__class__, encoder.topic, rng = kind, {}, np.random.default_rng(1)
+        for corpus in corpora:
+            for d in range(corpus.n_documents):
+                encoder.topic |= dict.fromkeys(map(tuple, corpus.document(d)), rng.standard_normal(32))
+    else:
+        encoder = ev.random_encoder(encoder, [s for d in range(20) for s in corpora[0].document(d)], 7)
+    pairs = [(i % 5, f'The river {i} stood.', f'The stone {i * i % 7} stood.') for i in range(40)]
+    s = ev.Study(encoder, None, *corpora, sts_pairs={'sts': pairs})
+    got = ev.evaluate(s)
+    assert ev.verdict(got)[0] == word
+    (a, b), skill = (got[f'retrieval {where}'] for where in ('in document', 'corpus')), got['feature similarity']['model']['skill']
+    if kind in (Constant, Lot):
+        assert skill < 0.02
+        assert a['model']['MRR'] < a['chance']['MRR'] + 0.05
+        assert b['model']['MRR'] < b['chance']['MRR'] + 0.03
+    if kind is Constant:
+        alone = ((s.candidates['a'] >= 0).sum(1) == 1).mean()  # in its document, outside the window
+        assert a['model']['R@1'] == pytest.approx(alone), 'all alike: the worst rank'
+        assert b['model']['R@1'] == 0
+        assert got['contrast']['model']['CA'] == 0
+        assert got['STS, Spearman x 100']['model']['sts'] == 0
+        assert got['geometry']['model']['RankMe, centred'] == pytest.approx(1, abs=1e-3)
+        probes = got['probes']
+        assert probes['model']['length, R²'] <= 0.01
+        assert probes['model']['document, accuracy'] <= probes['guess']['document, accuracy'] + 0.02
+    if kind is Topic:
+        assert b['model']['MRR'] > 0.9
+        assert a['model']['MRR'] < a['chance']['MRR'], 'no sentence of the document is told from another'
+        assert got['probes']['model']['document, accuracy'] > 0.9
+    if kind is Leak:
+        assert a['model']['MRR'] == b['model']['MRR'] == 1
+    if kind is Copy:
+        assert got['what is learned']['skill over copy-last']['gain'] == pytest.approx(0)
 
 
 def test_ridge_takes_the_penalty_that_predicts():
     """Where there is nothing to learn, the largest; where all is linear, the smallest."""
     rng = np.random.default_rng(8)
     x, document = rng.standard_normal((300, 40)), np.arange(300)
-    w = rng.standard_normal((40, 5))
-    (linear, _), scale = ev.fit_ridge(x, x @ w, document)
-    assert np.abs(scale * linear - w).max() < 0.2
-    (nothing, _), scale = ev.fit_ridge(x, rng.standard_normal((300, 5)), document)
-    assert np.abs(scale * nothing).max() < 0.05
+    y = x @ rng.standard_normal((40, 5))
+    predict, scale = ev.fit_ridge(x, y, document)
+    assert np.abs(scale * predict(x) - y).max() < 0.1 * np.abs(y).max()
+    predict, scale = ev.fit_ridge(x, rng.standard_normal((300, 5)), document)
+    assert np.abs(scale * predict(x)).max() < 0.3
+    held_out = rng.integers(0, 3, 300)  # one offset a document, so that rows of it give each other away
+    predict, scale = ev.fit_ridge(np.eye(3)[held_out], rng.standard_normal((3, 5))[held_out], held_out)
+    assert abs(scale) < 1.5
 
 
 def test_skill_over_another_prediction():
@@ -164,21 +232,23 @@ def test_skill_over_another_prediction():
 
 
 def test_verdicts():
-    def sections(skill, copy, inside, corpus, cos, rank):
+    def sections(skill, copy, inside, corpus, cos, rank, leak=0.0):
         near = {'low': 0.01}
         gains = {'skill over copy-last': {'gain_low': skill - copy - 0.01}, 'MRR in document over the random encoder':
                  {'gain_low': inside - 0.13}, 'MRR in corpus over the random encoder': {'gain_low': corpus - 0.02}}
         return {'feature similarity': {'model': {'skill': skill, 'skill_low': skill - near['low'], 'skill_high': skill + 0.01},
                                        'copy-last': {'skill': copy}},
-                'what is learned': gains, 'geometry': {'model': {'rank_centred': rank, 'dimensions': 100, 'cos_random': cos}},
+                'what is learned': gains, 'geometry': {'model': {'RankMe, centred': rank, 'dimensions': 100, 'cosine of random pairs': cos}}, 'leak': {'model': {'distance': leak}},
                 'retrieval in document': {'model': {'MRR': inside, 'MRR_low': inside - 0.01}, 'chance': {'MRR': 0.12}},
-                'retrieval corpus': {'model': {'MRR': corpus}, 'chance': {'MRR': 0.01}}}
+                'retrieval corpus': {'model': {'MRR': corpus, 'MRR_low': corpus - 0.01}, 'chance': {'MRR': 0.01}}}
     assert ev.verdict(sections(0.1, 0.05, 0.3, 0.3, 0.0, 80))[0] == 'learns'
     assert ev.verdict(sections(0.1, 0.05, 0.12, 0.3, 0.0, 80))[0] == 'topic only'
     assert ev.verdict(sections(0.03, 0.05, 0.3, 0.3, 0.0, 80))[0] == 'topic only'
     assert ev.verdict(sections(0.1, 0.05, 0.3, 0.3, 0.9, 80))[0] == 'collapsed'
     assert ev.verdict(sections(0.1, 0.05, 0.3, 0.3, 0.0, 1))[0] == 'collapsed'
-    assert ev.verdict(sections(-0.2, 0.05, 0.12, 0.01, 0.0, 80))[0] == 'collapsed'
+    assert ev.verdict(sections(-0.2, 0.05, 0.12, 0.3, 0.0, 80))[0] == 'collapsed'
+    assert ev.verdict(sections(0.1, 0.05, 0.3, 0.01, 0.0, 80))[0] == 'collapsed', 'at chance'
+    assert ev.verdict(sections(0.1, 0.05, 0.3, 0.3, 0.0, 80, leak=0.2))[0] == 'leaks'
     _, _, beaten = ev.verdict(sections(0.03, 0.05, 0.3, 0.3, 0.0, 80))
     assert beaten == ['copy-last on skill of feature similarity']
 
@@ -193,7 +263,7 @@ def test_sts_files_in_any_order(tmp_path):
 
 @pytest.mark.parametrize(('content', 'says'), [
     ('a,b,1\nc,d,high\n', 'line 2'), ('a,b,1\nc,2\n', 'line 2'), ('', 'no pair'), ('s1,s2,score\n', 'no pair'),
-    ('s1,s2\nx,y\n', 'line 2')])
+    ('s1,s2\nx,y\n', 'line 2'), ('a,"b\nb",1\nc,d,nan\n', 'line 3'), ('1\ta\tb\n\tc\td\n', 'line 2')])
 def test_sts_files_with_faults(tmp_path, content, says):
     (tmp_path / 'bad.csv').write_text(content)
     with pytest.raises(ev.Mistake, match=says):
@@ -226,7 +296,10 @@ def test_the_whole_evaluation(trained, tmp_path):
     assert metrics['verdict'] in ('learns', 'topic only', 'collapsed')
     assert metrics['verdict'] in done.stdout
     assert report.count('**context**') == 3
-    for name in ('retrieval.png', 'spectrum.png', 'cosines.png', 'horizon.png', 'training.png'):
+    assert report.startswith(f"# {metrics['verdict']}\n\nBaselines ahead of the model: ")
+    assert report.rstrip().splitlines()[-1].startswith(f"**{metrics['verdict']}**: ")
+    for name in ('retrieval', 'spectrum', 'cosines', 'horizon', 'training_encoder', 'training_decoder', 'map'):
+        name += '.png'
         assert os.path.getsize(os.path.join(trained, name)) > 5000
         assert f']({name})' in report
     ahead = metrics['metrics']['rollout, sentences ahead']
@@ -299,11 +372,58 @@ def test_a_language_model_reads_what_stands_before(trained):
 def test_a_prompt_is_answered(trained):
     done = run('evaluate.py', f'--out_dir={trained}', '--prompt=The river was wide. The stone was not.', '--steps=3')
     assert done.stdout.count('sentence: ') == 2
-    assert done.stdout.count('next sentence, in words: ') == 3
+    assert done.stdout.count('written: ') == 2 + 3
+
+
+def test_answers_as_json(trained, tmp_path):
+    """From a file, from standard input; neighbours from a file; several samples; what lies between two sentences."""
+    (tmp_path / 'prompt.txt').write_text('The river was wide. The stone was not.')
+    (tmp_path / 'texts.txt').write_text('The copper cloud stood near.\nA garden! A letter.\n')
+    common = [f'--out_dir={trained}', '--json=True', f'--corpus={tmp_path}/texts.txt']
+    found = json.loads(run('evaluate.py', *common, f'--prompt_file={tmp_path}/prompt.txt', '--steps=2', '--num_samples=3', '--temperature=1',
+                           '--max_new_tokens=5').stdout)
+    assert [s['sentence'] for s in found['sentences']] == ['The river was wide.', 'The stone was not.']
+    assert {n['text'] for n in found['sentences'][0]['nearest']} == {'The copper cloud stood near.', 'A garden!', 'A letter.'}
+    assert [(c['sample'], c['step']) for c in found['continuations']] == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+    piped = subprocess.run([sys.executable, 'evaluate.py', *common, '--prompt=-'], cwd=ROOT, text=True, capture_output=True,
+                           input='The river was wide. The stone was not.')
+    assert json.loads(piped.stdout)['sentences'][1]['sentence'] == 'The stone was not.'
+    walk = json.loads(run('evaluate.py', *common, '--interpolate=The copper cloud stood near. || A letter.').stdout)['interpolation']
+    assert len(walk) == 9
+    assert walk[0]['nearest'][0] == {'text': 'The copper cloud stood near.', 'cosine': pytest.approx(1, abs=1e-4)}
+    assert walk[-1]['nearest'][0]['text'] == 'A letter.'
+
+
+def test_mteb_takes_the_encoder(trained, monkeypatch):
+    """A task of a few pairs, without the hub, gives what this program's own Spearman gives.
+
+    The README's namespace is what MTEB is given: an object with `predict` is a cross-encoder to it.
+    """
+    mteb = pytest.importorskip('mteb', reason='needs `pip install mteb`')
+    from mteb.abstasks.sts import AbsTaskSTS
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    pairs = [(i % 5, f'The river {i} stood near the {"stone" if i % 3 else "cloud"}.', f'A stone number {i * i % 7}.') for i in range(30)]
+
+    class Pairs(AbsTaskSTS):
+        metadata = mteb.TaskMetadata(name='Pairs', description='a few pairs', type='STS', category='t2t', eval_splits=['test'],
+                                     eval_langs=['eng-Latn'], main_score='cosine_spearman', reference=None, date=None, domains=None,
+                                     task_subtypes=None, license=None, annotations_creators=None, dialect=None, sample_creation=None,
+                                     bibtex_citation=None, dataset={'path': 'none', 'revision': 'none'})
+
+        def load_data(self, **_):
+            columns = dict(zip(('score', 'sentence1', 'sentence2'), map(list, zip(*pairs))))
+            self.dataset, self.data_loaded = DatasetDict({'test': Dataset.from_dict(columns)}), True
+    encoder = lib.load_encoder(trained)
+    model = SimpleNamespace(encode=encoder.encode, similarity=encoder.similarity,
+                            similarity_pairwise=encoder.similarity_pairwise, mteb_model_meta=None)
+    result, = mteb.evaluate(model, Pairs(), cache=None, show_progress_bar=False).task_results
+    a, b = (encoder.encode([p[i] for p in pairs]) for i in (1, 2))
+    assert 100 * result.get_score() == pytest.approx(ev.spearman(encoder.similarity_pairwise(a, b), [p[0] for p in pairs])[0], abs=0.5)
 
 
 @pytest.mark.parametrize(('argument', 'says'), [
-    ('--out_dir=nowhere', 'train_encoder.py'), ('--prompt= ', 'no sentence'), ('--prompt=', 'no sentence'), ('--sts=nowhere.csv', 'nowhere.csv'),
+    ('--out_dir=nowhere', 'train_encoder.py'), ('--prompt_file=nowhere.txt', 'nowhere.txt'), ('--interpolate=one sentence', '||'),
+    ('--judge=no/such/folder', '--judge=no/such/folder'), ('--prompt= ', 'no sentence'), ('--prompt=', 'no sentence'), ('--sts=nowhere.csv', 'nowhere.csv'),
     ('--max_pair=3', 'max_pairs'), ('--max_pairs=0', '1 or more'), ('--dtype=fp16', 'bfloat16'), ('--device=cuda:9', 'CUDA'), ('--device=True', 'cuda'), ('--top_p=0', 'top_p')])
 def test_mistakes_are_one_line(trained, argument, says):
     done = run('evaluate.py', f'--out_dir={trained}', argument, check=False)

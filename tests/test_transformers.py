@@ -131,5 +131,5 @@ def test_a_judge_compares_texts(tokenizer_folder, tmp_path):
         with torch.no_grad():
             h = net(torch.tensor([tokenizer(text)['input_ids']])).last_hidden_state[0].mean(0)
         assert torch.allclose(torch.from_numpy(vector), lib.unit(h), atol=1e-5)
-    with pytest.raises(ev.Mistake, match='cannot load --judge=nowhere'):
-        ev.judge_encoder('nowhere')
+    with pytest.raises(ev.Mistake, match='cannot load --judge=no/such/folder'):
+        ev.judge_encoder('no/such/folder')
