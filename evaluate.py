@@ -394,7 +394,7 @@ class Study:
         self.scale = {k: fit_scale(p, z_train) for k, p in train_p.items()}
         ridge, self.scale['ridge'] = fit_ridge(train_p['context mean'], z_train, self.train.document[self.train.target])
         self.p_by['ridge'] = ridge(self.p_by['context mean']).astype(np.float32)
-        self.p = self.p_by['model']
+        self.p, self.train_p = self.p_by['model'], train_p['model']
         self.candidates = self.items.candidates(rng, eval_context)
         self.texts = {}  # what the decoder wrote for the pairs `generated`
         self.generated = np.sort(rng.permutation(len(self.z))[:max_generated])
@@ -619,6 +619,58 @@ def rollouts(s):
     return {'rollout, sentences ahead': rows}
 
 
+def several(s):
+    """Of several hypotheses: what the best of k says, which is told from the truth, beside k others.
+
+    Any k concepts have a better one among them. So: k that lie around the prediction at random, and k between it and
+    the k nearest targets of training, both as far from their mean, in cosine, as hypotheses are.
+    """
+    if not s.encoder.model.hypotheses:
+        return {}
+    rng = np.random.default_rng(seed)
+    few = np.sort(rng.permutation(len(s.train.target))[:4000])  # for the scale
+    targets = s.z_train_all[s.train.target]
+    singles, truth = (s.train_p[few], s.p), (targets[few], s.z)
+    each = [s.encoder.roll(z, windows, each=True) for z, windows in
+            ((s.z_train_all, [s.train.windows[i] for i in few]), (s.z_all, s.items.windows))]
+    k = each[0].shape[1]
+
+    def nearest(p, own=None):
+        out = []
+        for at in np.array_split(np.arange(len(p)), max(len(p) // 256, 1)):
+            similar = p[at] @ targets.T
+            if own is not None:  # the truth itself is not to be found
+                similar[np.arange(len(at)), own[at]] = -2
+            out.append(targets[np.argpartition(-similar, k, axis=1)[:, :k]])
+        return np.concatenate(out)
+
+    def spread(found):
+        return float((found * unit(found.mean(1))[:, None]).sum(2).mean())
+    ways = {'the prediction': [q[:, None] for q in singles], 'hypotheses': each}
+    for name, towards in (('around the prediction, at random', [unit(rng.standard_normal(e.shape)) for e in each]),
+                          ('towards targets of training', [nearest(singles[0], few), nearest(singles[1])])):
+        low, high = 0.0, 16.0
+        for _ in range(30):
+            far = (low + high) / 2
+            narrow = spread(unit(s.p[:, None] + far * towards[1])) > spread(each[1])
+            low, high = (far, high) if narrow else (low, far)
+        ways[name] = [unit(q[:, None] + far * v) for q, v in zip(singles, towards)]
+    rows = {}
+    for name, found in ways.items():
+        best = [(f * z[:, None]).sum(2).argmax(1) for f, z in zip(found, truth)]
+        (train_p, p), (train_z, z) = (f[np.arange(len(f)), b] for f, b in zip(found, best)), truth
+        row = rows[name] = cells('skill', skills(p, z, s.mean, fit_scale(train_p, train_z), s.document))
+        for column, key in (('MRR in document', 'a'), ('MRR', 'corpus')):
+            rank = np.min([ranks(lambda i, q=q: torch.from_numpy(q[i] @ s.z_all.T), s.candidates[key])[0]
+                           for q in found[1].swapaxes(0, 1)], axis=0)
+            row |= cells(column, bootstrap(1 / rank, s.document))
+        share = np.bincount(best[1], minlength=found[1].shape[1]) / len(z)
+        row |= {'cosine of the best': float(cosine(p, z).mean()), 'with their mean': spread(found[1]),
+                'used': float(np.exp(-(share * np.log(np.maximum(share, 1e-12))).sum()))}
+        row |= {f'best {j + 1}': float(v) for j, v in enumerate(share)} if name == 'hypotheses' else {}
+    return {'best of several': rows}
+
+
 def text(s):
     """What the decoder writes: from the sentence's own concept (reconstruct) and from the predicted one (predict)."""
     if not s.decoder:
@@ -670,7 +722,7 @@ def perplexity(s):
     return {'perplexity': rows}
 
 
-PARTS = (similarity, retrieval, shape, contrast, probes, sentence_pairs, rollouts, text, perplexity)
+PARTS = (similarity, retrieval, shape, contrast, probes, sentence_pairs, rollouts, several, text, perplexity)
 NOTES = {  # what works and what has collapsed, below the section's table
     'feature similarity': 'Skill: the variance of z that p explains. In a collapse cosines go to 1, skill to 0.',
     'leak': 'Of predictions from those with other sentences after the window: 0, or they have read the answer.',
@@ -683,6 +735,7 @@ NOTES = {  # what works and what has collapsed, below the section's table
     'STS, Spearman x 100': 'Published for STS-B: mean of GloVe 58.0 (test), next-sentence contrast from BERT 67.1 '
                            '(dev), SimCSE 76.9 (test).',
     'rollout, sentences ahead': 'Predictions fed back, as they are and as text; copy-last is the last sentence read.',
+    'best of several': 'Used: exp of the entropy of which is the best. Others are as far from their mean, in cosine.',
     'judge': 'Cosine of the judge encoder between the true sentence and what was written.',
     'perplexity': 'Works: concept below none below shuffled. Information: nats per token, none less given.'}
 

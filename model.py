@@ -404,6 +404,51 @@ class Predictor(nn.Module):
         return c
 
 
+class Hypotheses(nn.Module):
+    """k concepts in the place of one prediction, each a learned step from it, and how likely each is to be the best.
+
+    Next sentences are many, and their mean may be none of them. Training follows the best of the k (best_of). The steps
+    start at random, at 0.3 of the prediction's length, and sum to zero: at first the k lie evenly around it.
+    """
+
+    def __init__(self, n_embd, k):
+        super().__init__()
+        self.steps = nn.Linear(n_embd, k * n_embd)
+        self.choice = nn.Linear(n_embd, k)
+        start = 0.3 * n_embd ** -0.5 * torch.randn(k, n_embd, n_embd)
+        with torch.no_grad():
+            self.steps.weight.copy_((start - start.mean(0)).flatten(0, 1))
+        for zero in (self.steps.bias, self.choice.weight, self.choice.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, p):
+        """Predictions p (B, S, D) -> concepts (B, S, k, D), of p's length or so, and logits (B, S, k), in fp32."""
+        size = p.norm(dim=-1, keepdim=True).clamp(min=1e-12) * p.shape[-1] ** -0.5
+        x = p / size
+        each = size[..., None] * (x[..., None, :] + self.steps(x).float().unflatten(-1, (-1, p.shape[-1])))
+        return each, self.choice(x.detach()).float()  # to be told what is best should move nothing else
+
+
+def best_of(losses, logits, counted, relaxed=0.05, balance=0.1):
+    """Loss (B, S) of hypotheses' losses (B, S, k), of which the smallest counts; logits (B, S, k) learn which that is.
+
+    Winner takes all, relaxed (Rupprecht et al. 2017, arXiv:1612.00197): a share `relaxed` of the weight is every
+    hypothesis's, so that one that never wins still comes nearer. `balance` is the weight of log k less the entropy of
+    how often each is the best, softly, over the pairs `counted` (B, S), of all ranks: none is to win all, or none.
+    """
+    k = losses.shape[-1]
+    best = losses.argmin(-1)
+    weight = (1 - relaxed) * F.one_hot(best, k) + relaxed / k
+    counted = counted[..., None].float()
+    n = over_ranks(counted.sum()).clamp(min=1)
+    usual = over_ranks((losses.detach() * counted).sum()) / (n * k)
+    soft = (-losses / (0.05 * usual).clamp(min=1e-6)).softmax(-1)  # a difference of a twentieth of the loss tells
+    used = over_ranks((soft * counted).sum((0, 1))) / n
+    uneven = math.log(k) + (used * used.clamp(min=1e-12).log()).sum()
+    told = F.cross_entropy(logits.flatten(0, -2), best.flatten(), reduction='none').view_as(best)
+    return (weight * losses).sum(-1) + told + balance * uneven
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The space of concepts
 
@@ -560,6 +605,7 @@ class JEPAConfig:
     dropout: float = 0.0
     context: str = 'concepts'
     fade: float = 0.4  # of the predictor's attention at first, a sentence
+    hypotheses: int = 1  # concepts that are predicted for a sentence
     hf: str = ''  # configuration, as json, of a transformers model in the encoder's place
 
 
@@ -576,6 +622,7 @@ class JEPA(nn.Module):
         else:
             self.encoder = Encoder(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
         self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout, config.fade)
+        self.hypotheses = Hypotheses(config.n_embd, config.hypotheses) if config.hypotheses > 1 else None
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.whitening = Whitening(config.n_embd)
         self.objective = Objective()
@@ -607,9 +654,25 @@ class JEPA(nn.Module):
         """Predictions (B, S, D), fp32, of any length, of the concept of sentence i + 1, from the online encoder."""
         return self.predict_concepts(self.whitening(self.means(tokens, sentence, document, mask)), document)
 
-    def predict_concepts(self, concepts, document):
-        """As predict, from unit-norm concepts (B, S, D): how a model of context='concepts' is used after training."""
-        return self.predictor(concepts * concepts.shape[-1] ** 0.5, document).float()
+    def predict_concepts(self, concepts, document, each=False):
+        """As predict, from unit-norm concepts (B, S, D): how a model of context='concepts' is used after training.
+
+        Of several hypotheses it gives the mean, weighted by how likely each is, or `each` of them: (B, S, k, D).
+        """
+        p = self.predictor(concepts * concepts.shape[-1] ** 0.5, document).float()
+        if not self.hypotheses:
+            return p[:, :, None] if each else p
+        found, logits = self.hypotheses(p)
+        return found if each else (logits.softmax(-1)[..., None] * unit(found)).sum(-2)
+
+    def next_loss(self, context, concepts, document):
+        """Loss (B, S - 1) of what is predicted from context (B, S, D), given what comes, concepts (B, S, D)."""
+        kind, p = self.objective.loss, self.predictor(context * context.shape[-1] ** 0.5, document).float()
+        if not self.hypotheses:
+            return distance(p, concepts, document, kind)
+        found, logits = self.hypotheses(p)
+        losses = torch.stack([distance(q, concepts, document, kind) for q in found.unbind(2)], -1)
+        return best_of(losses, logits[:, :-1], pairs(document))
 
     def forward(self, tokens, sentence, document, concepts, mask):
         """The objective's loss, 1 - cos(p[i], concept[i + 1]) where it is not another, summed over pairs; concepts
@@ -624,10 +687,9 @@ class JEPA(nn.Module):
         own = self.whitening(means)
         if goal.target == 'shared':
             concepts = own
-        loss = distance(self.predict_concepts(own, document), concepts, document, goal.loss)
+        loss = self.next_loss(own, concepts, document)
         if self.config.context == 'concepts' and goal.target != 'shared':
-            p = self.predict_concepts(concepts, document)
-            loss = (loss + distance(p, concepts, document, goal.loss)) / 2
+            loss = (loss + self.next_loss(concepts, concepts, document)) / 2
         follows = pairs(document)
         loss = (loss * follows).sum()
         if goal.reg != 'none':
@@ -941,16 +1003,19 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None, cache=True,
-                 sure=None):
+                 sure=None, before=None):
         """Token ids (n, at most max_tokens) written from concepts (n, concept_dim), eos and what follows it included.
 
         temperature 0 takes the likeliest token; otherwise samples, among the top_k likeliest (0: all) and the
         likeliest that make up top_p of the probability. `cache=False` reads the whole prefix again for each token.
-        `sure` (n,), as in forward, is 0 where the sentence is written without a concept.
+        `sure` (n,), as in forward, is 0 where the sentence is written without a concept. `before` (n, T, n_embd) are
+        states that a language model reads first: embeddings of the text so far, a prefix before each sentence.
         """
         config, n, device = self.config, len(concepts), concepts.device
         inputs = self.prefixes(concepts, sure)  # (n, P, n_embd)
-        length = config.n_prefix + max_tokens
+        if before is not None:
+            inputs = torch.cat((before, inputs), 1)
+        length = inputs.shape[1] + max_tokens
         shape = (n, config.n_head, length, self.head_dim)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         caches = [(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
@@ -964,7 +1029,7 @@ class Decoder(nn.Module):
             if not cache:
                 seen, x = 0, inputs
             T = x.shape[1]
-            # the prefix positions come first and see each other causally, as in training
+            # what comes first sees each other causally, as in training
             mask = torch.ones(T, T, dtype=torch.bool, device=device).tril() if T > 1 else None
             h, end = x, seen + T
             for block, (keys, values) in zip(self.blocks, caches):
@@ -1146,11 +1211,14 @@ class SentenceEncoder:
         return out
 
     @torch.inference_mode()
-    def roll(self, concepts, windows, batch_size=256) -> np.ndarray:
-        """As predict_windows, from concepts (n, d), predictions among them or not: needs context='concepts'."""
+    def roll(self, concepts, windows, batch_size=256, each=False) -> np.ndarray:
+        """As predict_windows, from concepts (n, d), predictions among them or not: needs context='concepts'.
+
+        With `each` all hypotheses: (n, k, d).
+        """
         if self.model.config.context != 'concepts':
             raise ValueError("this model reads tokens (context='tokens'): it cannot be rolled forward without text")
-        out = np.empty((len(windows), self.dim), dtype=np.float32)
+        out = []
         for start in range(0, len(windows), batch_size):
             part = windows[start:start + batch_size]
             width = max(b - a for a, b in part)
@@ -1158,13 +1226,13 @@ class SentenceEncoder:
             used = np.array([[j < b - a for j in range(width)] for a, b in part])
             document = torch.from_numpy(used).to(self.device).long() - 1
             with self.autocast:
-                p = self.model.predict_concepts(torch.from_numpy(concepts[at]).to(self.device), document)
-            out[start:start + len(part)] = self._last(p, document)
-        return out
+                p = self.model.predict_concepts(torch.from_numpy(concepts[at]).to(self.device), document, each)
+            out.append(self._last(p, document))
+        return np.concatenate(out)
 
     @staticmethod
     def _last(p, document):
-        """Of predictions p (B, S, D), those after each row's last sentence, at unit norm, as numpy (B, D)."""
+        """Of predictions p (B, S, ..., D), those after each row's last sentence, at unit norm, as numpy (B, ..., D)."""
         last = (document >= 0).sum(1) - 1
         return unit(p[torch.arange(len(p), device=p.device), last]).cpu().numpy()
 
@@ -1193,9 +1261,29 @@ class ConceptDecoder:
                 part = unit(concepts[start:start + batch_size]).to(self.device)
                 ids = self.model.generate(part, max_tokens, temperature, top_k, top_p, generator,
                                           sure=torch.full((len(part),), float(sure), device=self.device))
-            for row in ids.tolist():
-                end = row.index(self.model.config.eos) if self.model.config.eos in row else len(row)
-                texts.append(self.tokenizer.decode(row[:end]))
+            texts += map(self.text, ids.tolist())
+        return texts
+
+    def text(self, ids):
+        """What token ids (a list) say up to the end of the sentence."""
+        end = ids.index(self.model.config.eos) if self.model.config.eos in ids else len(ids)
+        return self.tokenizer.decode(ids[:end])
+
+    @torch.inference_mode()
+    def continue_text(self, contexts, max_tokens=64):
+        """list[str]: a language model's next sentence, the likeliest token each time, after each of `contexts`.
+
+        A context is a list of token sequences, oldest first.
+        """
+        net, texts = self.model, []
+        none, sure = torch.zeros(1, net.config.concept_dim, device=self.device), torch.zeros(1, device=self.device)
+        for sentences in contexts:
+            with self.autocast:
+                free, read = net.prefixes(none, sure), []
+                for ids in sentences:
+                    read += [free, net.embedding(torch.as_tensor(np.asarray(ids, np.int64), device=self.device))[None]]
+                before = torch.cat(read, 1) if read else None
+                texts.append(self.text(net.generate(none, max_tokens, sure=sure, before=before)[0].tolist()))
         return texts
 
     @torch.inference_mode()
@@ -1219,7 +1307,6 @@ class ConceptDecoder:
                 loss = self.model.losses(tokens, sentence, given, mask, given_sure)
             out[index] = loss.double().sum(1).cpu().numpy()
         return out
-
 
     @torch.inference_mode()
     def nll_in_context(self, sequences, contexts, batch_size=16) -> np.ndarray:

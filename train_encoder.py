@@ -51,6 +51,7 @@ n_head = 12
 n_embd = 768
 predictor_layer = 4
 fade = 0.4  # a sentence counts exp(-fade) times as much to the predictor as the one after it, at first
+hypotheses = 1  # concepts predicted for the next sentence; the best of several learns, their weighted mean is used
 dropout = 0.0
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 start_passes = 4  # over the text, to start token embeddings from (model.neighbour_embeddings); 0: random ones
@@ -90,7 +91,8 @@ compile = 'auto'  # True or False; auto: on CUDA
 seed = 1337
 settings = override(globals(), limits={
     **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
-                     'n_embd', 'gradient_accumulation_steps', 'predictor_layer', 'whiten_interval'), (1, math.inf)),
+                     'n_embd', 'gradient_accumulation_steps', 'predictor_layer', 'whiten_interval', 'hypotheses'),
+                    (1, math.inf)),
     **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
                      'weight_decay', 'weight_decay_end', 'grad_clip', 'reg_weight', 'fade', 'start_passes',
                      'start_tokens', 'embedding_lr_scale', 'predictor_lr_scale'), (0, math.inf)),
@@ -205,7 +207,7 @@ def all_sum(x):
 
 architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer': n_layer, 'n_head': n_head,
                 'n_embd': n_embd, 'predictor_layer': predictor_layer, 'dropout': dropout, 'context': context,
-                'fade': fade}
+                'fade': fade, 'hypotheses': hypotheses}
 checkpoint_path = os.path.join(out_dir, 'encoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics.csv')
 state = weights = None
@@ -219,9 +221,10 @@ try:
         for name, value in (('pooling', pooling), ('optimizer', optimizer)):
             if state['settings'][name] != value:
                 stop(f"{checkpoint_path} was trained with {name}='{state['settings'][name]}': set it back")
+        was = asdict(lib.JEPAConfig(**state['config']))  # entries that came later have their defaults
         for name, value in architecture.items():
-            if state['config'][name] != value and name != 'dropout':
-                stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
+            if was[name] != value and name != 'dropout':
+                stop(f'{checkpoint_path} was trained with {name}={was[name]}, not {value}: '
                      f'set it back, or train from scratch in another --out_dir')
     elif os.path.exists(checkpoint_path):
         stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')

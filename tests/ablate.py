@@ -49,6 +49,7 @@ ROWS = {
     'pooling=mean': ['--pooling=mean'],
     'optimizer=muon': ['--optimizer=muon'],
     'optimizer=muon + learning_rate=3e-3': ['--optimizer=muon', '--learning_rate=3e-3', '--embedding_lr_scale=3.3'],
+    'hypotheses=4': ['--hypotheses=4'],
     'ema .9': ['--ema_start=0.9', '--ema_end=0.9'],
     'ema .998': ['--ema_start=0.998', '--ema_end=0.998'],
     "seed project's recipe": SEED_PROJECT,
@@ -59,7 +60,10 @@ COLUMNS = [('corpus MRR', 'retrieval corpus', 'model', 'MRR'), ('copy-last', 're
            ('in-document R@1', 'retrieval in document', 'model', 'R@1'), ('skill', 'feature similarity', 'model', 'skill'),
            ('STS', 'STS, Spearman x 100', 'model', None), ('rank', 'geometry', 'model', 'RankMe, centred'),
            ('unrelated cosine', 'geometry', 'model', 'cosine of random pairs'),
-           ('nats given the concept', 'perplexity', 'D(z)', 'nats per token')]
+           ('nats given the concept', 'perplexity', 'D(z)', 'nats per token'),
+           *((f'best of k{name}: {column}', 'best of several', row, column) for column in ('skill', 'MRR') for name, row in
+             (('', 'hypotheses'), (' at random', 'around the prediction, at random'), (' near training', 'towards targets of training'))),
+           ('hypotheses used', 'best of several', 'hypotheses', 'used')]
 
 
 def measured(folder):
@@ -159,16 +163,17 @@ def main():
             found[name].append(measured(one(name, seed, a)))
             print(f"{name}, seed {seed}: " + ', '.join(f'{k} {v:.3f}' for k, v in found[name][-1].items()), flush=True)
     table = {name: {c: interval([r[c] for r in runs]) for c in runs[0]} for name, runs in found.items()}
-    columns = list(next(iter(table.values())))
+    columns = [c for c, *_ in COLUMNS if any(c in row for row in table.values())]
     print('\n| |' + ' | '.join(columns) + ' |\n|---|' + '---:|' * len(columns))
     for name, row in table.items():
-        print(f'| {name} | ' + ' | '.join(f'{m:.3f} (± {h:.3f})' if abs(m) < 10 else f'{m:.1f} (± {h:.1f})'
-                                          for m, h in row.values()) + ' |')
+        cells = (row.get(c) for c in columns)
+        print(f'| {name} | ' + ' | '.join('' if not v else '{:.3f} (± {:.3f})'.format(*v) if abs(v[0]) < 10 else
+                                          '{:.1f} (± {:.1f})'.format(*v) for v in cells) + ' |')
     os.makedirs(a.results, exist_ok=True)
     with open(os.path.join(a.results, 'ablation.csv'), 'w', newline='') as f:
         writer = csv.writer(f)
         writer.writerow(['row', 'settings', 'seeds', 'steps unless set', *(x for c in columns for x in (c, f'{c}, half of 95 % interval'))])
-        writer.writerows([name, ' '.join(ROWS[name]), len(seeds), a.iters, *(f'{x:.4f}' for v in row.values() for x in v)]
+        writer.writerows([name, ' '.join(ROWS[name]), len(seeds), a.iters, *(f'{x:.4f}' if row.get(c) else '' for c in columns for x in row.get(c, (0, 0)))]
                          for name, row in table.items())
     picture(table, os.path.join(a.results, 'ablation.png'))
 

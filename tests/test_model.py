@@ -321,6 +321,76 @@ def test_each_switch_teaches_something_else(batch, objective):
     assert torch.nn.functional.cosine_similarity(*taught, dim=0) < 0.99
 
 
+def several(k=3, **settings):
+    """A model of k hypotheses, with the weights of jepa() otherwise."""
+    torch.manual_seed(2)
+    net = lib.JEPA(lib.JEPAConfig(400, n_layer=2, n_head=2, n_embd=32, predictor_layer=2, hypotheses=k, **settings))
+    missing = net.load_state_dict(jepa(**settings).state_dict(), strict=False).missing_keys
+    assert all(name.startswith('hypotheses.') for name in missing)
+    assert bool(missing) == (k > 1)
+    return net
+
+
+@pytest.mark.parametrize('loss', ['cosine', 'mse', 'infonce'])
+def test_the_best_of_several_hypotheses_learns(batch, loss):
+    """The loss by hand; all of them and their choice get a gradient, and the next concept moves its nearest most."""
+    tokens, sentence, document = batch
+    net = several().train()
+    net.objective = lib.Objective(loss)
+    own, ctx = net.masks(sentence, document)
+    concepts = net.whitening(net.target_means(tokens, sentence, document.shape[1], own))
+    net(tokens, sentence, document, concepts, ctx).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.hypotheses.parameters())
+    found = net.predict_concepts(concepts, document, each=True).detach().requires_grad_()  # (B, S, 3, D)
+    losses = torch.stack([lib.distance(q, concepts, document, loss) for q in found.unbind(2)], -1)
+    logits, counted = torch.randn(losses.shape), lib.pairs(document)
+    total = lib.best_of(losses, logits, counted, relaxed=0.3, balance=0)
+    best = losses.min(-1)
+    by_hand = 0.7 * best.values + 0.1 * losses.sum(-1) - logits.log_softmax(-1).gather(-1, best.indices[..., None])[..., 0]
+    assert torch.allclose(total, by_hand, atol=1e-5)
+    total[counted].sum().backward()
+    moved = found.grad[:, :-1].norm(dim=-1)[counted]
+    assert (moved > 0).all()
+    if loss == 'cosine':
+        assert (moved.argmax(-1) == best.indices[counted]).float().mean() > 0.95
+
+
+def test_a_hypothesis_that_never_wins_is_brought_back():
+    """Of a line's two ends and three places between, each hypothesis finds work, though all but one start behind."""
+    torch.manual_seed(3)
+    ends = lib.unit(torch.randn(4, 16))
+    for relaxed, balance, least in ((0.0, 0.0, 0), (0.05, 0.1, 0.1)):
+        at = torch.cat((ends.mean(0, keepdim=True), -ends[:3] - ends.mean(0))).clone().requires_grad_()
+        optimizer = torch.optim.Adam([at], lr=0.02)
+        for _ in range(300):
+            z = ends[torch.randint(4, (64,))]
+            losses = 1 - lib.unit(at) @ z.T  # (4, 64)
+            lib.best_of(losses.T[None], torch.zeros(1, 64, 4), torch.ones(1, 64).bool(), relaxed, balance).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        share = torch.bincount((lib.unit(at) @ ends.T).argmax(0), minlength=4) / 4
+        assert (share.min() >= least) if least else (share.max() == 1), share
+
+
+def test_one_prediction_from_several_hypotheses(batch):
+    """At first all but the single model's prediction; later their mean by weight; one alone is that model, bit for bit."""
+    document = batch[2]
+    concepts = lib.unit(torch.randn(*document.shape, 32))
+    one, net = jepa(), several().eval()
+    with torch.no_grad():
+        p, q, each = (f.predict_concepts(concepts, document, e) for f, e in ((one, False), (net, False), (net, True)))
+        assert each.shape == (*document.shape, 3, 32)
+        assert torch.nn.functional.cosine_similarity(p, q, dim=-1).min() > 0.97
+        assert torch.nn.functional.cosine_similarity(p[:, :, None], each, dim=-1).max() < 0.999
+        net.hypotheses.choice.bias[1] = 50
+        assert torch.allclose(net.predict_concepts(concepts, document), lib.unit(each[:, :, 1]), atol=1e-5)
+        assert torch.equal(several(1).eval().predict_concepts(concepts, document), p)
+    encoder = lib.SentenceEncoder(net, None)
+    found = encoder.roll(concepts[0].numpy(), [(0, 2), (1, 4)], each=True)
+    assert found.shape == (2, 3, 32)
+    assert np.allclose(found[:, 1], encoder.roll(concepts[0].numpy(), [(0, 2), (1, 4)]), atol=1e-5)
+
+
 def test_an_unknown_switch_is_named():
     with pytest.raises(ValueError, match='--loss=l2: expected one of cosine'):
         lib.Objective(loss='l2')
@@ -409,6 +479,31 @@ def test_generation_with_a_cache_is_the_same(temperature):
            for c in (True, False)]
     assert torch.equal(*out)
     assert out[0].unique().numel() > 3
+
+
+def test_a_continuation_equals_reading_it_all_again():
+    """The language model's, written with a cache, against the packed row of training read anew for every token."""
+    class Numbers:
+        decode = staticmethod(list)
+    net = decoder()
+    writer, P = lib.ConceptDecoder(net, Numbers), net.config.n_prefix
+    contexts = [[[5, 9, 2], [7]], [[3] * 9], []]
+    written = writer.continue_text(contexts, 12)
+    for before, found in zip(contexts, written):
+        ids = []
+        while len(ids) < 12:
+            parts = [[0] * P + s for s in (*before, ids)]
+            tokens = torch.tensor([[i for part in parts for i in part]])
+            sentence = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(s) for s in parts]))[None]
+            none = torch.zeros(1, len(parts), 32)
+            with torch.no_grad():
+                x, _, _ = net.head_inputs(tokens, sentence, none, net.mask(torch.zeros_like(sentence)), none[..., 0])
+                ids.append(net.head(x[0, -1]).argmax().item())
+            if ids[-1] == net.config.eos:
+                ids.pop()
+                break
+        assert found == ids
+    assert len({tuple(w) for w in written}) == 3, 'it is the context that is read'
 
 
 def test_packed_cross_entropy_equals_single_sentences(corpus_dir):
