@@ -348,6 +348,10 @@ def test_the_best_of_several_hypotheses_learns(batch, loss):
     best = losses.min(-1)
     by_hand = 0.7 * best.values + 0.1 * losses.sum(-1) - logits.log_softmax(-1).gather(-1, best.indices[..., None])[..., 0]
     assert torch.allclose(total, by_hand, atol=1e-5)
+    other = torch.where(counted[..., None], losses, 9 * losses.flip(-1))
+    given, same = (lib.best_of(x, logits, counted)[counted] for x in (losses, other))
+    assert torch.allclose(given, same), 'the balance is of pairs only'
+    assert (given - lib.best_of(losses, logits, counted, balance=0)[counted] > 0).all()
     total[counted].sum().backward()
     moved = found.grad[:, :-1].norm(dim=-1)[counted]
     assert (moved > 0).all()
@@ -356,7 +360,7 @@ def test_the_best_of_several_hypotheses_learns(batch, loss):
 
 
 def test_a_hypothesis_that_never_wins_is_brought_back():
-    """Of a line's two ends and three places between, each hypothesis finds work, though all but one start behind."""
+    """Four places and four hypotheses, of which one starts amid them and three far away: each finds work."""
     torch.manual_seed(3)
     ends = lib.unit(torch.randn(4, 16))
     for relaxed, balance, least in ((0.0, 0.0, 0), (0.05, 0.1, 0.1)):
