@@ -1,5 +1,7 @@
 """--hypotheses: several predicted concepts from training to the report."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -37,6 +39,8 @@ def test_the_best_of_several_is_told_from_any_others(corpus_dir):
     z_all, z_train_all = (evaluate.unit(rng.standard_normal((len(x.sentences), 16))) for x in (items, train))
 
     class Knows:
+        model = SimpleNamespace(hypotheses=True)
+
         @staticmethod
         def roll(concepts, windows, each):
             ends = np.array([end for _, end in windows])
@@ -44,7 +48,10 @@ def test_the_best_of_several_is_told_from_any_others(corpus_dir):
             found[np.arange(len(ends)), (ends % 4 == 0) * 1] = concepts[ends]  # never the third
             return found
     p_train, p = (evaluate.unit(rng.standard_normal((len(x.target), 16))) for x in (train, items))
-    rows = evaluate.best_of_k(Knows, train, items, z_train_all, z_all, p_train, p, np.zeros(16), items.candidates(rng, 8), rng)
+    study = SimpleNamespace(encoder=Knows, train=train, items=items, z_all=z_all, z_train_all=z_train_all, train_p=p_train, p=p,
+                            z=z_all[items.target], mean=np.zeros(16), document=items.document[items.target],
+                            candidates=items.candidates(rng, 8))
+    rows = evaluate.several(study)['best of several']
     best, *others = rows['hypotheses'], rows['around the prediction, at random'], rows['towards targets of training']
     assert best['skill'] > 0.99
     assert best['MRR in document'] == best['MRR'] == 1
@@ -55,12 +62,13 @@ def test_the_best_of_several_is_told_from_any_others(corpus_dir):
         assert rows['the prediction']['skill'] < row['skill'] < 0.6
         assert row['MRR'] < 0.6
 
-    class Guesses:
+    class Guesses(Knows):
         @staticmethod
         def roll(concepts, windows, each):
             return evaluate.unit(1 + 0.3 * rng.standard_normal((len(windows), 3, 16)))
-    rows = evaluate.best_of_k(Guesses, train, items, z_train_all, z_all, p_train, p, np.zeros(16), items.candidates(rng, 8), rng)
-    wide = [row['cosine with their mean'] for name, row in rows.items() if name != 'the prediction']
+    study.encoder = Guesses
+    rows = evaluate.several(study)['best of several']
+    wide = [row['with their mean'] for name, row in rows.items() if name != 'the prediction']
     assert np.allclose(wide, wide[0], atol=1e-3), wide
     assert 0.9 < wide[0] < 0.99
 
