@@ -813,6 +813,9 @@ def samples(s):
                  'true next': s.text(x.sentences[x.target[i]])}
         lines |= {what: s.texts[key][j] for what, key in (('reconstruction', 'reconstruct'), ('prediction', 'predict'))
                   if s.texts}
+        if s.texts and s.decoder.language_model:
+            window = x.sentences[x.start[i]:x.target[i]]
+            lines['language model'], = s.decoder.language_model.continue_text([window], max_new_tokens)
         near = np.argsort(-(s.z_all @ s.p[i]), kind='stable')[:3]
         lines |= {f'nearest {k + 1}': s.text(x.sentences[n]) for k, n in enumerate(near)}
         out.append('\n'.join(f'- **{k}**: {escape(v)}' for k, v in lines.items()))

@@ -295,7 +295,7 @@ def test_the_whole_evaluation(trained, tmp_path):
     metrics = json.load(open(os.path.join(trained, 'metrics.json'), encoding='utf-8'))
     assert metrics['verdict'] in ('learns', 'topic only', 'collapsed')
     assert metrics['verdict'] in done.stdout
-    assert report.count('**context**') == 3
+    assert report.count('**context**') == report.count('**language model**') == 3
     assert report.startswith(f"# {metrics['verdict']}\n\nBaselines ahead of the model: ")
     assert report.rstrip().splitlines()[-1].startswith(f"**{metrics['verdict']}**: ")
     for name in ('retrieval', 'spectrum', 'cosines', 'horizon', 'training_encoder', 'training_decoder', 'map'):
