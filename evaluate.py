@@ -625,7 +625,7 @@ def several(s):
     Any k concepts have a better one among them. So: k that lie around the prediction at random, and k between it and
     the k nearest targets of training, both as far from their mean, in cosine, as hypotheses are.
     """
-    if not s.encoder.model.hypotheses:
+    if not s.encoder.model.hypotheses or s.encoder.model.config.context != 'concepts':
         return {}
     rng = np.random.default_rng(seed)
     few = np.sort(rng.permutation(len(s.train.target))[:4000])  # for the scale

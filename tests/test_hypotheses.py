@@ -37,40 +37,37 @@ def test_the_best_of_several_is_told_from_any_others(corpus_dir):
     rng = np.random.default_rng(0)
     items, train = (evaluate.Items(Corpus(corpus_dir, split), rng, 100) for split in ('val', 'train'))
     z_all, z_train_all = (evaluate.unit(rng.standard_normal((len(x.sentences), 16))) for x in (items, train))
+    train_p, p = (evaluate.unit(rng.standard_normal((len(x.target), 16))) for x in (train, items))
 
-    class Knows:
-        model = SimpleNamespace(hypotheses=True)
+    def rows(roll, context='concepts'):
+        model = SimpleNamespace(hypotheses=True, config=SimpleNamespace(context=context))
+        return evaluate.several(SimpleNamespace(
+            encoder=SimpleNamespace(model=model, roll=roll), items=items, train=train, z_all=z_all, z_train_all=z_train_all,
+            train_p=train_p, p=p, z=z_all[items.target], mean=np.zeros(16), document=items.document[items.target],
+            candidates=items.candidates(rng, 8))).get('best of several')
 
-        @staticmethod
-        def roll(concepts, windows, each):
-            ends = np.array([end for _, end in windows])
-            found = evaluate.unit(rng.standard_normal((len(ends), 3, 16)))
-            found[np.arange(len(ends)), (ends % 4 == 0) * 1] = concepts[ends]  # never the third
-            return found
-    p_train, p = (evaluate.unit(rng.standard_normal((len(x.target), 16))) for x in (train, items))
-    study = SimpleNamespace(encoder=Knows, train=train, items=items, z_all=z_all, z_train_all=z_train_all, train_p=p_train, p=p,
-                            z=z_all[items.target], mean=np.zeros(16), document=items.document[items.target],
-                            candidates=items.candidates(rng, 8))
-    rows = evaluate.several(study)['best of several']
-    best, *others = rows['hypotheses'], rows['around the prediction, at random'], rows['towards targets of training']
+    def knows(concepts, windows, each):
+        ends = np.array([end for _, end in windows])
+        found = evaluate.unit(rng.standard_normal((len(ends), 3, 16)))
+        found[np.arange(len(ends)), (ends % 4 == 0) * 1] = concepts[ends]  # never the third
+        return found
+
+    def guesses(concepts, windows, each):
+        return evaluate.unit(1 + 0.3 * rng.standard_normal((len(windows), 3, 16)))
+    found = rows(knows)
+    best, *others = found['hypotheses'], found['around the prediction, at random'], found['towards targets of training']
     assert best['skill'] > 0.99
     assert best['MRR in document'] == best['MRR'] == 1
     share = (items.target % 4 == 0).mean()
     assert np.allclose([best[f'best {i}'] for i in (1, 2, 3)], [1 - share, share, 0])
     assert np.isclose(best['used'], np.exp(-share * np.log(share) - (1 - share) * np.log(1 - share)))
     for row in others:
-        assert rows['the prediction']['skill'] < row['skill'] < 0.6
+        assert found['the prediction']['skill'] < row['skill'] < 0.6
         assert row['MRR'] < 0.6
-
-    class Guesses(Knows):
-        @staticmethod
-        def roll(concepts, windows, each):
-            return evaluate.unit(1 + 0.3 * rng.standard_normal((len(windows), 3, 16)))
-    study.encoder = Guesses
-    rows = evaluate.several(study)['best of several']
-    wide = [row['with their mean'] for name, row in rows.items() if name != 'the prediction']
+    wide = [row['with their mean'] for name, row in rows(guesses).items() if name != 'the prediction']
     assert np.allclose(wide, wide[0], atol=1e-3), wide
     assert 0.9 < wide[0] < 0.99
+    assert rows(knows, 'tokens') is None
 
 
 def best_on_a_rank(rank, folder):
