@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import os
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -290,7 +291,7 @@ def pretrained(name, tokenizer):
     have another tokenizer (meta.json's entry `tokenizer`).
     """
     import transformers  # optional: pip install transformers
-    net = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+    net = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     config = net.config
     if not hasattr(config, 'vocab_size'):
         raise ValueError(f'hf:{name} is a {config.model_type} model: it does not read text alone')
@@ -1066,7 +1067,7 @@ def save_checkpoint(path, state: dict):
 
     Raises OSError, with the old file untouched and no half-written one left behind.
     """
-    temporary = f'{path}.tmp{os.getpid()}'
+    temporary = f'{path}.tmp'  # one name: a killed run leaves one at most, which the next overwrites
     try:
         with open(temporary, 'wb') as f:
             torch.save({'format': FORMAT, **state}, f)
@@ -1091,6 +1092,9 @@ def load_checkpoint(path, kind, device='cpu') -> dict:
         script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
         raise FileNotFoundError(f"no {kind} at '{path}': train one with {script}, or give its out_dir")
     try:
+        with zipfile.ZipFile(path) as z:
+            if z.testzip():  # torch.load looks at no checksum
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location=device, weights_only=True)
     except OSError:  # not ours to read: the file may be whole
         raise
@@ -1100,6 +1104,35 @@ def load_checkpoint(path, kind, device='cpu') -> dict:
     if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:
         raise ValueError(f"'{path}' holds no {kind} of format {FORMAT}: give another, or train one with this version")
     return state
+
+
+def checkpoint_to_resume(path, kind, settings, device) -> dict | None:
+    """The checkpoint to go on from: where settings['init_from'] is 'resume', or one of these very settings lies there,
+    so that a run that was killed goes on by the same command. settings['init_from'] becomes what the weights came from.
+
+    None where there is none. Raises ValueError for one of other settings, and as load_checkpoint.
+    """
+    told = settings['init_from'] == 'resume'
+    if not told and not os.path.exists(path):
+        return None
+    state = load_checkpoint(path, kind, device)
+    differ = sorted(k for k in settings.keys() | state['settings'].keys()
+                    if settings.get(k) != state['settings'].get(k))
+    if not told and differ:
+        raise ValueError(f"'{path}' exists, of a run with other settings ({', '.join(differ)}): go on with "
+                         '--init_from=resume, or choose another --out_dir')
+    settings['init_from'] = state['settings']['init_from']
+    return state
+
+
+def not_finite(model, losses, documents) -> str:
+    """In words, which gradients of `model` are not finite, and where its batch lies: `losses` (n,) of the micro-batches
+    of a step, documents(i) the documents of one."""
+    names = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    bad = (~losses.isfinite()).nonzero()[:, 0].tolist() or range(len(losses))
+    named = f"that of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else 'their norm'
+    return (f'loss {losses.sum():.3g}, gradients not finite: {named}; training documents '
+            f'{sorted(set().union(*map(documents, bad)))}')
 
 
 def fingerprint(jepa: JEPA) -> float:

@@ -13,6 +13,8 @@ int64 offsets into tokens; .documents, int64 offsets into sentences.
 import base64
 import codecs
 import contextlib
+import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -59,6 +61,7 @@ BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}
 # gpt2's pattern for text without runs of white space
 GPT2_FOLDED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 SUFFIXES = ('tokens', 'sentences', 'documents')
+MAX_DOCUMENT = 1 << 26  # bytes of a line, characters between separators: a longer one is cut, so that memory is bounded
 TOKENIZER_FILES = {'bpe': 'tokenizer.tiktoken', 'hf': 'tokenizer.json'}  # beside the arrays
 
 
@@ -293,7 +296,7 @@ def check_column(names, path, column):
 def read_file(path, column, separator):
     """The documents of one file."""
     kind = path.removesuffix('.gz').removesuffix('.xz').removesuffix('.zst').rpartition('.')[2]
-    damage = [OSError, EOFError, lzma.LZMAError, zlib.error]
+    damage = [OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError]
     if kind == 'parquet':
         import pyarrow
         from pyarrow import parquet
@@ -317,17 +320,21 @@ def read_file(path, column, separator):
                 while chunk := f.read(1 << 20):
                     *whole, buffer = (buffer + decode(chunk)).split(separator)
                     yield from whole
+                    if len(buffer) > MAX_DOCUMENT:
+                        yield buffer
+                        buffer = ''
                 yield buffer
                 return
-            for number, line in enumerate(f, 1):
+            for number, line in enumerate(iter(lambda: f.readline(MAX_DOCUMENT), b''), 1):
                 line = line.decode('utf-8', 'replace')
                 if kind == 'txt':
                     yield line
                 elif not line.isspace():
                     try:
                         record = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise Mistake(f'{path}, line {number}: not JSON ({error.msg})') from None
+                    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+                        said = 'it is too long' if len(line) == MAX_DOCUMENT else getattr(error, 'msg', str(error))
+                        raise Mistake(f'{path}, line {number}: not JSON ({said})') from None
                     if not isinstance(record, dict):
                         raise Mistake(f'{path}, line {number}: expected an object with a field {column!r}')
                     check_column(record, f'{path}, line {number}:', column)
@@ -418,9 +425,11 @@ _encode = None
 
 
 def start_worker(spec, directory):
-    """Each process loads the tokenizer once; a Ctrl-C is the parent's affair."""
+    """Each process loads the tokenizer once; a Ctrl-C is the parent's affair, but it ends when the parent is killed."""
     global _encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     _encode = load_tokenizer(spec, directory).encode
 
 
@@ -526,6 +535,22 @@ def write_json(path, value):
     os.replace(path + '.tmp', path)
 
 
+def hold(path) -> int:
+    """Keep `path`, a folder or a file (made where there is none), to this process; the lock dies with it.
+
+    Returns what os.close gives it up by. Raises OSError, also where another process holds it.
+    """
+    fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise BlockingIOError(error.errno, 'another run is writing there') from None
+    except OSError:  # a file system without locks
+        pass
+    return fd
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -551,6 +576,15 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
+def read_json(path):
+    """What write_json wrote."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except ValueError:
+        raise Mistake(f'{path} is damaged: remove its folder, or choose another --data_dir') from None
+
+
 def same_settings(old, new):
     """Stop where a set that is there was made with other settings."""
     for name in sorted(new.keys() - {'num_proc', 'hub_retries', 'data_dir'}):
@@ -566,7 +600,7 @@ def read_hf_tokenizer(name):
     except ImportError:
         raise Mistake(f'--tokenizer=hf:{name} needs `pip install transformers`') from None
     try:
-        hf = AutoTokenizer.from_pretrained(name)
+        hf = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         ends = [i for i in (hf.sep_token_id, hf.eos_token_id) if i is not None]
         if ends:
             return hf.backend_tokenizer.to_str(), ends[0]
@@ -604,17 +638,18 @@ def tokenizer_spec(s, make):
     ids = loaded.encode_batch(['The quick brown fox, 1234; naïve Ünïcode 你好.'])
     probe = json.dumps([loaded.n_vocab, [row.tolist() for row in ids]])
     digest = hashlib.sha256((probe + (content or '')).encode()).hexdigest()
-    return spec | {'n_vocab': loaded.n_vocab, 'sha256': digest}
+    return spec | {'n_vocab': loaded.n_vocab, 'sha256': digest} | ({'crc32': checksum(path)} if content else {})
 
 
-def chunks(source, size=64):
-    """Lists of `size` documents."""
-    chunk = []
+def chunks(source, size=64, characters=1 << 22):
+    """Lists of `size` documents, or fewer long ones: what flies between processes is bounded."""
+    chunk, long = [], 0
     for text in source:
         chunk.append(text)
-        if len(chunk) == size:
+        long += len(text or '')
+        if len(chunk) == size or long > characters:
             yield chunk
-            chunk = []
+            chunk, long = [], 0
     if chunk:
         yield chunk
 
@@ -627,18 +662,20 @@ def prepare(s):
     if not 0 <= s['val_fraction'] < 1:
         raise Mistake(f"--val_fraction={s['val_fraction']}: expected a share from 0 to below 1")
     os.makedirs(directory, exist_ok=True)
+    if rank == 0:
+        hold(directory)
     meta_path = os.path.join(directory, 'meta.json')
+    progress_path = os.path.join(directory, f'progress_{rank}.json')
     if os.path.exists(meta_path):
-        with open(meta_path, encoding='utf-8') as f:
-            same_settings(json.load(f)['settings'], s)
+        same_settings(read_json(meta_path)['settings'], s)
+        with contextlib.suppress(FileNotFoundError):  # killed between its last two acts
+            os.unlink(progress_path)
         print(f'{directory} is complete already')
         return
     local_files(s['dataset'])  # a mistake in it is told before a tokenizer is made
-    progress_path = os.path.join(directory, f'progress_{rank}.json')
     progress = {'settings': s, 'world_size': world_size, 'read': 0, 'counts': {}, 'writers': {}, 'done': False}
     if os.path.exists(progress_path):
-        with open(progress_path, encoding='utf-8') as f:
-            progress = json.load(f)
+        progress = read_json(progress_path)
         same_settings(progress['settings'] | {'ranks': progress['world_size']}, s | {'ranks': world_size})
         print(f"going on after {progress['read']:,} documents")
     first = os.path.join(directory, 'progress_0.json')  # the mark that the tokenizer is there
@@ -718,8 +755,7 @@ def finish(s, spec, dtype, world_size):
         path = os.path.join(directory, f'progress_{r}.json')
         while True:
             if os.path.exists(path):
-                with open(path, encoding='utf-8') as f:
-                    part = json.load(f)
+                part = read_json(path)
                 if part['done']:
                     break
             time.sleep(0.2)
@@ -734,8 +770,9 @@ def finish(s, spec, dtype, world_size):
             os.unlink(os.path.join(directory, f'progress_{r}.json'))
         raise Mistake(f"no sentence found in '{s['dataset']}'"
                       + (' for training: lower --val_fraction' if splits['val']['sentences'] else ''))
-    write_json(os.path.join(directory, 'meta.json'), {'format': FORMAT, 'source': s['dataset'], 'tokenizer': spec,
-                                                      'dtype': dtype, 'splits': splits, 'settings': s})
+    meta = {'format': FORMAT, 'source': s['dataset'], 'tokenizer': spec, 'dtype': dtype, 'splits': splits,
+            'settings': s}
+    write_json(os.path.join(directory, 'meta.json'), meta | {'crc32': zlib.crc32(json.dumps(meta).encode())})
     for r in range(world_size):
         os.unlink(os.path.join(directory, f'progress_{r}.json'))
     have = np.zeros(s['max_sentence_tokens'] + 1, dtype=np.int64)  # sentences of each length
@@ -815,11 +852,14 @@ class Corpus:
         try:
             with open(path, encoding='utf-8') as f:
                 self.meta = json.load(f)
-            said = self.meta['splits'][split]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            crc32 = self.meta.pop('crc32', None)  # earlier sets have none
+            if crc32 not in (None, zlib.crc32(json.dumps(self.meta).encode())):
+                raise ValueError('its checksum is another')
+            said, version = self.meta['splits'][split], self.meta['format']
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f'{path} is damaged ({error}): prepare the set again, in a new --data_dir') from None
-        if self.meta['format'] != FORMAT:
-            raise ValueError(f"{path} has format {self.meta['format']}, not {FORMAT}: prepare the set again")
+        if version != FORMAT:
+            raise ValueError(f"{path} has format {version}, not {FORMAT}: prepare the set again")
         self.data_dir, self.split = data_dir, split
         self.n_tokens, self.n_sentences, self.n_documents = (said[k] for k in SUFFIXES)
         if not self.n_sentences:
@@ -830,14 +870,18 @@ class Corpus:
         self.first_document = np.cumsum([0, *(e['documents'] for e in said['shards'])])
         self._rows, self._counts, self._lock = {}, {}, threading.Lock()
         self._tokenizer = None
+        self.tokenizer_spec  # noqa: B018  its file is looked at on opening
 
-    @property
+    @functools.cached_property
     def tokenizer_spec(self) -> dict:
         """What load_tokenizer needs, complete: a checkpoint carries it."""
         spec = dict(self.meta['tokenizer'])
         kind = spec['name'].partition(':')[0]
         if kind in TOKENIZER_FILES:
-            with open(os.path.join(self.data_dir, TOKENIZER_FILES[kind]), encoding='utf-8') as f:
+            path = os.path.join(self.data_dir, TOKENIZER_FILES[kind])
+            if spec.get('crc32', (crc := checksum(path))) != crc:  # earlier sets have none
+                raise ValueError(f'{path} does not match its checksum: it is damaged')
+            with open(path, encoding='utf-8') as f:
                 spec['file'] = f.read()
         return spec
 
@@ -888,13 +932,13 @@ class Corpus:
         return sum(self._count(k, epoch, seed, packing) for k in range(len(self.shards)))
 
     def _locate(self, row, seed, packing):
-        """(rows of a shard, shard, place in it) of global row `row`."""
+        """(rows of a shard, its number, place in it) of global row `row`."""
         epoch = 0
         while True:
             for k in self._shard_order(epoch, seed):
                 n = self._count(k, epoch, seed, packing)
                 if row < n:
-                    return self._shard_rows(k, epoch, seed, packing), self.shards[k], row
+                    return self._shard_rows(k, epoch, seed, packing), k, row
                 row -= n
             epoch += 1
 
@@ -911,8 +955,8 @@ class Corpus:
         document = np.full((batch_size, max_sentences), -1, np.int64)
         for j in range(batch_size):
             place = (step * world_size + rank) * batch_size + j
-            rows, shard, r = self._locate(place, seed, (block_size, max_sentences, prefix))
-            a, b = rows.starts[r], rows.starts[r + 1]
+            rows, k, r = self._locate(place, seed, (block_size, max_sentences, prefix))
+            shard, a, b = self.shards[k], rows.starts[r], rows.starts[r + 1]
             order = rows.order[a:b]
             begin, end = shard.sentences[order], shard.sentences[order + 1]
             lengths = end - begin + prefix
@@ -923,6 +967,16 @@ class Corpus:
             sentence[j, :len(of)] = of
             document[j, :b - a] = rows.document[a:b] - rows.document[a]
         return {'tokens': tokens, 'sentence': sentence, 'document': document}
+
+    def documents_in(self, step, batch_size, block_size, max_sentences, seed=0, rank=0, world_size=1, prefix=0) -> set:
+        """The documents, as `document` takes them, in the rows that `batch` gives for the same arguments."""
+        found = set()
+        for j in range(batch_size):
+            place = (step * world_size + rank) * batch_size + j
+            rows, k, r = self._locate(place, seed, (block_size, max_sentences, prefix))
+            at = np.searchsorted(self.shards[k].documents, rows.order[rows.starts[r]:rows.starts[r + 1]], side='right')
+            found.update((self.first_document[k] + at - 1).tolist())
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------

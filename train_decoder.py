@@ -10,7 +10,6 @@ metrics_decoder.csv, config_decoder.json; or language_model.pt and so on.
 """
 
 import csv
-import json
 import math
 import os
 import signal
@@ -20,6 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports ends without a traceback
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 import model as lib
 from config import override
-from prepare import Corpus
+from prepare import Corpus, hold, write_json
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: override with a preset (config/decoder_*.py) and --name=value
@@ -103,8 +105,18 @@ def on_signal(number, frame):
     interrupted = number
 
 
+def on_error(kind, error, trace):
+    """In place of a traceback, one line where another rank was lost."""
+    if isinstance(error, dist.DistError) or (kind is RuntimeError and 'gloo' in str(error)):
+        print(f'rank {rank}: another rank is gone or out of reach ({str(error).splitlines()[0]}); checkpoints are '
+              'whole, the same command goes on', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
+sys.excepthook = on_error
 
 ddp = 'RANK' in os.environ
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -195,26 +207,21 @@ checkpoint_path = os.path.join(out_dir, f'{kind}.pt')
 metrics_path = os.path.join(out_dir, f'metrics_{kind}.csv')
 if init_from not in ('scratch', 'resume'):
     stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
-if init_from == 'scratch' and os.path.exists(checkpoint_path):
-    stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')
 encoder_fingerprint = lib.fingerprint(jepa)
 torch.manual_seed(seed)
 try:
+    state = lib.checkpoint_to_resume(checkpoint_path, kind, settings, device)
     model = lib.Decoder(lib.DecoderConfig(**architecture)).to(device)
-except ValueError as error:
+except (OSError, ValueError) as error:
     stop(error)
-if init_from == 'scratch':
+if not state:
     words = [[i] for i in range(architecture['vocab_size'])]
     words = torch.from_numpy(lib.SentenceEncoder(jepa, None, device).encode_tokens(words, 1024))
     model.start_from(words.to(device), jepa.token_weight)
 groups = lib.optimizer_groups(model, weight_decay)
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 step, best_loss, metrics_bytes, seen_tokens = 0, math.inf, 0, 0
-if init_from == 'resume':
-    try:
-        state = lib.load_checkpoint(checkpoint_path, kind, device)
-    except (OSError, ValueError) as error:
-        stop(error)
+if state:
     for name, value in architecture.items():
         if state['config'][name] != value and name != 'dropout':
             stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
@@ -222,7 +229,7 @@ if init_from == 'resume':
     if not math.isclose(state['encoder_fingerprint'], encoder_fingerprint, rel_tol=1e-6):
         stop(f'{checkpoint_path} was trained on another encoder: remove it, and train from scratch')
     if master:
-        for name in sorted(settings.keys() & state['settings'].keys() - {'init_from'}):
+        for name in sorted(settings.keys() & state['settings'].keys()):
             if settings[name] != state['settings'][name]:
                 print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
     model.load_state_dict(state['model'])
@@ -231,7 +238,16 @@ if init_from == 'resume':
         group['betas'] = beta1, beta2
     step, best_loss = state['step'], state['best_loss']
     metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
-    del state
+del state
+
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        hold(metrics_path)
+        os.truncate(metrics_path, min(metrics_bytes, os.path.getsize(metrics_path)))  # lost steps write rows again
+        write_json(os.path.join(out_dir, f'config_{kind}.json'), settings)
+    except OSError as error:
+        stop(f'cannot write to {out_dir}: {error.strerror}')
 
 compiled = torch.compile(model) if compile else model
 target_means = torch.compile(jepa.target_means) if compile else jepa.target_means
@@ -334,7 +350,10 @@ COLUMNS = ['step', 'tokens', 'seconds', 'lr', 'loss', 'grad_norm', 'tokens_per_s
 def log(row):
     """Append a row to metrics_decoder.csv; cells that were not measured stay blank."""
     with open(metrics_path, 'a', newline='', encoding='utf-8') as f:
-        csv.DictWriter(f, COLUMNS).writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        table = csv.DictWriter(f, COLUMNS)
+        if not f.tell():
+            table.writeheader()
+        table.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
     if wandb_log:
         wandb.log(row, step=row['step'])
 
@@ -349,17 +368,6 @@ def save(name):
 
 
 if master:
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        with open(os.path.join(out_dir, f'config_{kind}.json'), 'w', encoding='utf-8') as f:
-            json.dump(settings, f, indent=1)
-        if step == 0:
-            with open(metrics_path, 'w', newline='', encoding='utf-8') as f:
-                csv.DictWriter(f, COLUMNS).writeheader()
-        else:
-            os.truncate(metrics_path, metrics_bytes)  # rows of steps that were lost are written again
-    except OSError as error:
-        stop(f'cannot write to {out_dir}: {error.strerror}')
     print(f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {gradient_accumulation_steps} x '
           f'{batch_size * block_size:,} positions a step, {world_size} x {device}, {dtype}'
           f'{", compiled" if compile else ""}')
@@ -368,6 +376,15 @@ if master:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loop
+
+def not_finite(step, parts):
+    """Stop a step whose loss or gradients are not finite, saying which and where; parts: losses of micro-batches."""
+    losses = torch.zeros(gradient_accumulation_steps, device=device)
+    losses[rank::world_size] = torch.stack(parts)
+    said = lib.not_finite(model, all_sum(losses), lambda i: train_data.documents_in(
+        step, **rows, seed=seed, rank=i, world_size=gradient_accumulation_steps))
+    stop(f'step {step}: {said}. Checkpoints are older and whole; try a lower --learning_rate')
+
 
 def run():
     """Train to max_iters; returns the signal that stopped it, or 0."""
@@ -414,7 +431,7 @@ def run():
         # counted on the CPU: the GPU is not waited for
         places = sum((b['sentence'] >= 0).sum() - (n_prefix - 1) * (b['document'] >= 0).sum() for b in arrays)
         seen, stopping = all_sum(torch.tensor([places, int(bool(interrupted))])).tolist()
-        loss = torch.zeros((), device=device)
+        parts = []
         for i, (tokens, sentence, document) in enumerate(batches):
             mask, concepts = inputs(tokens, sentence, document)
             concepts, sure = blurred(concepts)
@@ -423,19 +440,21 @@ def run():
                 with autocast:
                     part = parallel(tokens, sentence, concepts, mask, sure) / max(seen, 1)
                 (part * world_size).backward()  # DDP averages over ranks, and seen counts all of them
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            parts.append(part.detach())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not norm.isfinite():  # the same on all ranks; before it reaches weights, moments and checkpoints
+            not_finite(step, parts)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         seen_tokens, tokens_since = seen_tokens + seen, tokens_since + seen
         bar.update(1)
-        if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
-            total = all_sum(torch.stack([loss, norm])).tolist()
-            if not all(map(math.isfinite, total)):
-                stop(f'step {step}: loss {total[0]:.3g}, gradient norm {total[1]:.3g}: not finite. The checkpoint in '
-                     f'{out_dir} is older and whole; try a lower --learning_rate')
+        if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters:
+            total = all_sum(torch.stack([torch.stack(parts).sum(), norm])).tolist()
+            if not math.isfinite(total[0]):
+                not_finite(step - 1, parts)
             if master:
                 now = time.time()
                 log({'step': step, 'tokens': seen_tokens, 'seconds': now - start, 'lr': lr_at(step - 1),
@@ -461,7 +480,7 @@ if ddp:
     dist.destroy_process_group()
 if stopped:
     if master:
-        print(f'stopped at step {step}, saved to {checkpoint_path}: go on with --init_from=resume')
+        print(f'stopped at step {step}, saved to {checkpoint_path}: the same command goes on')
     sys.exit(128 + stopped)
 if master:
     print(f'{checkpoint_path} has {step} steps.'

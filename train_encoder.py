@@ -8,7 +8,6 @@ Writes to out_dir: encoder.pt (newest), encoder_best.pt (highest validation MRR)
 """
 
 import csv
-import json
 import math
 import os
 import signal
@@ -18,6 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports ends without a traceback
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 import model as lib
 from config import override
-from prepare import Corpus
+from prepare import Corpus, hold, write_json
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: override with a preset (config/encoder_*.py) and --name=value
@@ -120,8 +122,18 @@ def on_signal(number, frame):
     interrupted = number
 
 
+def on_error(kind, error, trace):
+    """In place of a traceback, one line where another rank was lost."""
+    if isinstance(error, dist.DistError) or (kind is RuntimeError and 'gloo' in str(error)):
+        print(f'rank {rank}: another rank is gone or out of reach ({str(error).splitlines()[0]}); checkpoints are '
+              'whole, the same command goes on', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
+sys.excepthook = on_error
 
 ddp = 'RANK' in os.environ
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -210,10 +222,10 @@ architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer'
                 'fade': fade, 'hypotheses': hypotheses}
 checkpoint_path = os.path.join(out_dir, 'encoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics.csv')
-state = weights = None
+weights = None
 try:
-    if init_from == 'resume':
-        state = lib.load_checkpoint(checkpoint_path, 'encoder', device)
+    state = lib.checkpoint_to_resume(checkpoint_path, 'encoder', settings, device)
+    if state:
         if state['config']['hf']:
             architecture |= {k: state['config'][k] for k in ('hf', 'n_layer', 'n_head', 'n_embd')}
         if state['tokenizer']['sha256'] != train_data.tokenizer_spec['sha256']:
@@ -226,8 +238,6 @@ try:
             if was[name] != value and name != 'dropout':
                 stop(f'{checkpoint_path} was trained with {name}={was[name]}, not {value}: '
                      f'set it back, or train from scratch in another --out_dir')
-    elif os.path.exists(checkpoint_path):
-        stop(f'{checkpoint_path} exists: go on with --init_from=resume, or choose another --out_dir')
     elif init_from.startswith('hf:'):  # n_layer, n_head and n_embd are the pretrained model's
         found, weights = lib.pretrained(init_from[3:], train_data.meta['tokenizer'])
         architecture |= found
@@ -254,10 +264,10 @@ by_muon = [g for g in groups if optimizer == 'muon' and g['decays']]
 optimizers = [torch.optim.AdamW(by_adamw, lr=learning_rate, betas=(beta1, beta2), fused=True)]
 if by_muon:
     optimizers.append(torch.optim.Muon(by_muon, lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
-step, best_mrr, metrics_bytes, seen_tokens = 0, -1.0, 0, 0
+step, best_mrr, metrics_bytes, seen_tokens, skipped = 0, -1.0, 0, 0, 0
 if state:
     if master:
-        for name in sorted(settings.keys() & state['settings'].keys() - {'init_from'}):
+        for name in sorted(settings.keys() & state['settings'].keys()):
             if settings[name] != state['settings'][name]:
                 print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
     model.load_state_dict(state['model'])
@@ -268,7 +278,17 @@ if state:
             group.update({'scale': scale} | ({'betas': (beta1, beta2)} if 'betas' in group else {}))
     step, best_mrr = state['step'], state['best_mrr']
     metrics_bytes, seen_tokens = state['metrics_bytes'], state['seen_tokens']
+    skipped = state.get('skipped', 0)  # earlier checkpoints do not count them
 del state, weights  # memory for the run
+
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        hold(metrics_path)
+        os.truncate(metrics_path, min(metrics_bytes, os.path.getsize(metrics_path)))  # lost steps write rows again
+        write_json(os.path.join(out_dir, 'config.json'), settings)
+    except OSError as error:
+        stop(f'cannot write to {out_dir}: {error.strerror}')
 
 attention = lib.attention_path(device_type, compile, bool(model.config.hf))
 compiled = torch.compile(model) if compile else model
@@ -411,16 +431,20 @@ def collapse_warning(v):
 # ---------------------------------------------------------------------------------------------------------------
 # Writing: metrics.csv, checkpoints
 
-# loss is the objective's, regulariser included; val_loss is 1 - cos whatever that is, so that runs compare
+# loss is the objective's, regulariser included; val_loss is 1 - cos whatever that is, so that runs compare;
+# skipped: steps so far in which no sentence had a next one
 COLUMNS = ['step', 'tokens', 'seconds', 'lr', 'ema', 'loss', 'grad_norm', 'tokens_per_s', 'predictions_per_s',
            'val_loss', 'val_skill', 'val_copy_skill', 'val_cos', 'val_cos_unrelated', 'val_rank', 'val_mrr',
-           'val_copy_mrr', 'val_doc_mrr', 'val_doc_copy_mrr', 'val_doc_chance']
+           'val_copy_mrr', 'val_doc_mrr', 'val_doc_copy_mrr', 'val_doc_chance', 'skipped']
 
 
 def log(row):
     """Append a row to metrics.csv; cells that were not measured stay blank."""
     with open(metrics_path, 'a', newline='', encoding='utf-8') as f:
-        csv.DictWriter(f, COLUMNS).writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+        table = csv.DictWriter(f, COLUMNS)
+        if not f.tell():
+            table.writeheader()
+        table.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
     if wandb_log:
         wandb.log(row, step=row['step'])
 
@@ -431,30 +455,27 @@ def save(name):
         'kind': 'encoder', 'config': asdict(model.config), 'model': model.state_dict(),
         'optimizers': [o.state_dict() for o in optimizers], 'tokenizer': train_data.tokenizer_spec,
         'settings': settings, 'step': step, 'best_mrr': best_mrr, 'metrics_bytes': os.path.getsize(metrics_path),
-        'seen_tokens': seen_tokens})
+        'seen_tokens': seen_tokens, 'skipped': skipped})
 
 
-if master:
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as f:
-            json.dump(settings, f, indent=1)
-        if step == 0:
-            with open(metrics_path, 'w', newline='', encoding='utf-8') as f:
-                csv.DictWriter(f, COLUMNS).writeheader()
-        else:
-            os.truncate(metrics_path, metrics_bytes)  # rows of steps that were lost are written again
-    except OSError as error:
-        stop(f'cannot write to {out_dir}: {error.strerror}')
-    if wandb_log:
-        wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+if master and wandb_log:
+    wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loop
 
+def not_finite(step, parts):
+    """Stop a step whose loss or gradients are not finite, saying which and where; parts: losses of micro-batches."""
+    losses = torch.zeros(gradient_accumulation_steps, device=device)
+    losses[rank::world_size] = torch.stack(parts)
+    said = lib.not_finite(model, all_sum(losses), lambda i: train_data.documents_in(
+        step, **rows, seed=seed, rank=i, world_size=gradient_accumulation_steps))
+    stop(f'step {step}: {said}. Checkpoints are older and whole; try a lower --learning_rate')
+
+
 def run():
     """Train to max_iters; returns the signal that stopped it, or 0."""
-    global step, best_mrr, seen_tokens
+    global step, best_mrr, seen_tokens, skipped
     loader = ThreadPoolExecutor(1)  # cuts the next batch while this one is computed
     upcoming = loader.submit(micro_batches, step)
     bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
@@ -510,17 +531,22 @@ def run():
         # counted on the CPU: the GPU is not waited for
         counts = [[int(lib.pairs(torch.from_numpy(b['document'])).sum()), (b['sentence'] >= 0).sum()] for b in arrays]
         n_pairs, seen, stopping = all_sum(torch.tensor([*map(sum, zip(*counts)), int(bool(interrupted))])).tolist()
-        n_pairs = max(n_pairs, 1)
+        skipped += not n_pairs  # without a pair there is no gradient, and the optimizer leaves all as it is
 
-        total_loss = torch.zeros((), device=device)
+        parts = [torch.zeros((), device=device)] * len(batches)
         for i, ((tokens, sentence, document), z, (_, context_mask)) in enumerate(zip(batches, zs, views)):
+            if not n_pairs:
+                break
             sync = nullcontext() if not ddp or i == len(batches) - 1 else parallel.no_sync()
             with sync:
                 with autocast:
                     part = parallel(tokens, sentence, document, model.whitening(z, mean), context_mask) / n_pairs
                 (part * world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
-            total_loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            parts[i] = part.detach()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not norm.isfinite():  # the same on all ranks; before it reaches weights, moments and checkpoints
+            not_finite(step, parts)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm)
         for o in optimizers:
             o.step()
         model.zero_grad(set_to_none=True)
@@ -531,16 +557,15 @@ def run():
         seen_tokens += seen
         tokens_since, pairs_since = tokens_since + seen, pairs_since + n_pairs
         bar.update(1)
-        if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
-            total = all_sum(torch.stack([total_loss, norm])).tolist()
-            if not all(map(math.isfinite, total)):
-                stop(f'step {step}: loss {total[0]:.3g}, gradient norm {total[1]:.3g}: not finite. The checkpoint in '
-                     f'{out_dir} is older and whole; try a lower --learning_rate')
+        if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters:
+            total = all_sum(torch.stack([torch.stack(parts).sum(), norm.to(device)])).tolist()
+            if not math.isfinite(total[0]):
+                not_finite(step - 1, parts)
             if master:
                 now = time.time()
                 log({'step': step, 'tokens': seen_tokens, 'seconds': now - start, 'lr': lr_at(step - 1), 'ema': ema,
                      'loss': total[0], 'grad_norm': total[1] / world_size, 'tokens_per_s': tokens_since / (now - since),
-                     'predictions_per_s': pairs_since / (now - since)})
+                     'predictions_per_s': pairs_since / (now - since), 'skipped': skipped})
                 bar.set_postfix_str(f'loss {total[0]:.3f}, {tokens_since / (now - since):,.0f} tokens/s')
                 since, tokens_since, pairs_since = now, 0, 0
     bar.close()
@@ -560,7 +585,7 @@ if ddp:
     dist.destroy_process_group()
 if stopped:
     if master:
-        print(f'stopped at step {step}, saved to {checkpoint_path}: go on with --init_from=resume')
+        print(f'stopped at step {step}, saved to {checkpoint_path}: the same command goes on')
     sys.exit(128 + stopped)
 if master:
     print(f'{checkpoint_path} has {step} steps. Next: python train_decoder.py --out_dir={out_dir}')

@@ -52,7 +52,7 @@ def override(names: dict, argv: list[str] | None = None, limits: dict | None = N
                 span = f'{least} or more' if greatest == math.inf else f'from {least} to {greatest}'
                 raise ValueError(f'--{name}={settings[name]}: expected {span}')
     except ValueError as error:
-        raise SystemExit(f'{script}: {error}') from None
+        raise SystemExit(f"{script}: {' '.join(str(error).split())}") from None  # one line, whatever was given
     names.update(settings)
     return settings
 

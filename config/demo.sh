@@ -7,9 +7,7 @@ cd "$(dirname "$0")/.."
 .venv/bin/python -m pip install --quiet --requirement requirements.txt
 python=.venv/bin/python
 
-start_of() { if [ -f "out/demo/$1.pt" ]; then echo resume; else echo scratch; fi; }
-
 $python prepare.py config/prepare_demo.py
-$python train_encoder.py config/encoder_demo.py --init_from="$(start_of encoder)"
-$python train_decoder.py config/decoder_demo.py --init_from="$(start_of decoder)"
+$python train_encoder.py config/encoder_demo.py
+$python train_decoder.py config/decoder_demo.py
 $python evaluate.py --out_dir=out/demo
