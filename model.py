@@ -1047,7 +1047,7 @@ class Decoder(nn.Module):
 
 def sample(logits, temperature, top_k, top_p, generator=None):
     """One token id a row of logits (n, V); see Decoder.generate."""
-    if temperature == 0:
+    if temperature < 1e-6:  # or what fp32 cannot divide by
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -1055,7 +1055,8 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     if top_p < 1:
         order = logits.sort(descending=True)
         before = order.values.softmax(-1).cumsum(-1) - order.values.softmax(-1)  # mass of the likelier ones
-        logits = logits.scatter(-1, order.indices, order.values.masked_fill(before >= top_p, -torch.inf))
+        out = (before >= top_p) & (before > 0)  # the likeliest stays, whatever top_p is
+        logits = logits.scatter(-1, order.indices, order.values.masked_fill(out, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -1284,9 +1285,11 @@ class ConceptDecoder:
         """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same samples.
 
         `sure`: 1 for the concept of a sentence; `prediction_sure`, the length that fits predictions best, for one that
-        is predicted.
+        is predicted. Raises ValueError where a concept is not finite.
         """
         concepts = torch.as_tensor(np.atleast_2d(np.asarray(concepts)), dtype=torch.float32)
+        if not concepts.isfinite().all():
+            raise ValueError('a concept is not finite')
         generator = torch.Generator(self.device).manual_seed(seed)
         texts = []
         for start in range(0, len(concepts), batch_size):

@@ -81,11 +81,11 @@ def split_sentences(text: str) -> list[str]:
     """The sentences of `text`, in order, white space inside them folded to single spaces; none is empty.
 
     A line break ends a sentence: text wrapped at a fixed width is to be unwrapped first.
-    Joined with spaces they are the text again but for white space.
+    Joined with spaces they are the text again but for white space, and lone surrogates, which become '?'.
     """
     import sentencex  # compiled; only the processes that split need it
     sentences = []
-    for paragraph in text.splitlines():
+    for paragraph in whole_characters(text).splitlines():
         if not paragraph or paragraph.isspace():
             continue
         # most paragraphs need no folding, and to look is cheaper: of white space only ' ' counts as printable, and of
@@ -317,8 +317,10 @@ def read_file(path, column, separator):
         with open_text(path) as f:
             if kind == 'txt' and separator:
                 buffer, decode = '', codecs.getincrementaldecoder('utf-8')('replace').decode
-                while chunk := f.read(1 << 20):
-                    *whole, buffer = (buffer + decode(chunk)).split(separator)
+                chunk = True
+                while chunk:
+                    chunk = f.read(1 << 20)
+                    *whole, buffer = (buffer + decode(chunk, not chunk)).split(separator)
                     yield from whole
                     if len(buffer) > MAX_DOCUMENT:
                         yield buffer
