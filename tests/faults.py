@@ -72,7 +72,7 @@ def source(folder):
 
 def slope(x, y):
     """(Slope of y over x, half of its 95 % interval)."""
-    (a, b), cov = np.polyfit(x, y, 1, cov=True)
+    (a, _), cov = np.polyfit(x, y, 1, cov=True)
     return a, 1.96 * cov[0, 0] ** 0.5
 
 
@@ -215,10 +215,15 @@ def torchrun(command, ranks=2, restarts=0):
 RESTARTS = {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
 
 
-def workers(process):
-    """Process ids of torchrun's ranks."""
-    with open(f'/proc/{process.pid}/task/{process.pid}/children') as f:
-        return sorted(map(int, f.read().split()))
+def workers(process, ranks=2):
+    """Process ids of torchrun's ranks, once they are there."""
+    while True:
+        with open(f'/proc/{process.pid}/task/{process.pid}/children') as f:
+            found = sorted(map(int, f.read().split()))
+        if len(found) == ranks:
+            return found
+        assert process.poll() is None, finish(process, None)
+        time.sleep(0.01)
 
 
 def wait_for_step(process, path, step):
@@ -366,7 +371,7 @@ def assert_folders_equal(a, b):
 
 def signals(work):
     """Ctrl-C and SIGTERM at each time of a run."""
-    data, straight = undisturbed(work)
+    data, _ = undisturbed(work)
     found = []
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         out = f'{work}/signal_{code}'
@@ -462,7 +467,7 @@ def disk(work, sizes=(10, 100, 800, 3000, 20_000, 200_000), tmpfs=(64, 200, 600)
             for base in ('', begun):  # from nothing; and with a checkpoint that is to stay
                 out = f'{work}/disk_{kind}_{size}_{bool(base)}'
                 os.makedirs(out)
-                command, checkpoint, metrics = stage(kind, data, out, straight)
+                command, checkpoint, _ = stage(kind, data, out, straight)
                 if base:
                     for name in os.listdir(base):
                         open(f'{out}/{name}', 'wb').write(open(f'{base}/{name}', 'rb').read())
@@ -609,7 +614,7 @@ def places(work):
         for command in (stage('encoder', data, out)[0], stage('decoder', data, out, straight)[0], ['prepare.py', *source(f'{work}/straight'), f'--data_dir={out}']):
             line = clear(start(*command, before=read_only), 'cannot write to')
         found.append(('places', 'a read-only folder: encoder, decoder, prepare.py', 3, line.replace(out, '<data_dir>')))
-    command, checkpoint, metrics = stage('encoder', data, out)
+    command, _, metrics = stage('encoder', data, out)
     first = start(*command, '--max_iters=100000', preexec_fn=lambda: os.umask(0o077))
     wait_for_step(first, metrics, 6)
     line = clear(start(*command, '--max_iters=100000'), 'another run is writing there')
@@ -809,7 +814,7 @@ def fuzz(work, cases=100_000):
     return found
 
 
-def giants(work, megabytes=50, bomb=1000):
+def giants(work, megabytes=50, bomb=150):
     """A line of 50 MB, a word of 100,000 letters, 10,000 line breaks; a gz that swells a thousandfold; nested json."""
     import gzip
 
@@ -878,7 +883,8 @@ def machines(work):
         def both(command):
             began = time.time()
             nodes = [start('-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', '--rdzv_id=7',
-                           '--rdzv_endpoint=10.77.0.1:29411', f'--local_addr=10.77.0.{i + 1}', *command, env=RESTARTS | {'GLOO_SOCKET_IFNAME': f'j{n}'},
+                           '--rdzv_endpoint=10.77.0.1:29411', f'--local_addr=10.77.0.{i + 1}',
+                           f'--rdzv_conf=is_host={n == "a"}', *command, env=RESTARTS | {'GLOO_SOCKET_IFNAME': f'j{n}'},
                            before=['ip', 'netns', 'exec', f'jepa_{n}']) for i, n in enumerate('ab')]
             for node in nodes:
                 finish(node)
@@ -921,7 +927,7 @@ def main():
     kept = []
     if os.path.exists(chosen.results):
         with open(chosen.results, newline='') as f:
-            kept = [r for r in csv.reader(f)][1:]
+            kept = list(csv.reader(f))[1:]
     for name in chosen.only.split(','):
         with tempfile.TemporaryDirectory() as work:
             rows = [[name, what, str(cases), said] for _, what, cases, said in PARTS[name](work, *options.get(name, ()))]

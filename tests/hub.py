@@ -4,6 +4,7 @@ import io
 import json
 import re
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -37,11 +38,12 @@ def parquet(texts):
 
 
 class Hub(ThreadingHTTPServer):
-    """`files` maps paths in the repository to bytes; `failures` is how many requests for a parquet file fail first."""
+    """`files` maps paths in the repository to bytes; `failures` says how the first requests for a parquet file fail:
+    by a status, 'drop' in the middle of what it sends, or 'stall' there."""
 
-    def __init__(self, files, failures=0):
+    def __init__(self, files, failures=()):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.files, self.failures, self.asked = files, failures, []
+        self.files, self.failures, self.asked = files, list(failures), []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -116,13 +118,21 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, b'', [('X-Error-Code', 'EntryNotFound'), ('X-Repo-Commit', COMMIT)])
             return
         data = hub.files[name]
-        if name.endswith('.parquet') and self.command == 'GET' and hub.failures > 0:
-            hub.failures -= 1
-            self.reply(500, b'out of order')
+        failure = hub.failures.pop(0) if name.endswith('.parquet') and self.command == 'GET' and hub.failures else 0
+        if failure in (429, 500):
+            self.reply(failure, b'out of order')
             return
         headers = [('ETag', f'"{COMMIT}"'), ('X-Repo-Commit', COMMIT), ('Accept-Ranges', 'bytes')]
         span = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range') or '')
-        if span:
+        if failure:  # more is promised than comes
+            self.send_response(206 if span else 200)
+            for header in (*headers, ('Content-Length', str(len(data)))):
+                self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(data[:len(data) // 3])
+            time.sleep(4 if failure == 'stall' else 0)
+            self.close_connection = True
+        elif span:
             start, end = int(span[1]), min(int(span[2] or len(data) - 1), len(data) - 1)
             part = data[start:end + 1]
             self.reply(206, part, [*headers, ('Content-Range', f'bytes {start}-{end}/{len(data)}')])

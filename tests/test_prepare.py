@@ -319,7 +319,7 @@ def test_the_embedded_bible_reads_clean():
 HUB_TEXTS = [f'Document {i} begins here. It says {i * 7}. Then it ends.' for i in range(60)]
 
 
-def stand_in(failures=0):
+def stand_in(failures=()):
     return hub.Hub({'README.md': hub.CARD.encode(), 'sample/10BT/000_00000.parquet': hub.parquet(HUB_TEXTS[:30]),
                     'sample/10BT/001_00000.parquet': hub.parquet(HUB_TEXTS[30:]), 'data/CC/000.parquet': hub.parquet(['Wrong.'])},
                    failures)
@@ -330,12 +330,13 @@ def documents_of(folder):
                   for c in (prepare.Corpus(folder, 'train'), prepare.Corpus(folder, 'val')) for d in range(c.n_documents))
 
 
-@pytest.mark.parametrize('failures', [0, 3])
+@pytest.mark.parametrize('failures', [(), (500, 429, 'drop', 'stall', 500)])
 def test_fineweb_edu_is_streamed_from_the_hub(tmp_path, failures):
     """The defaults, as a user runs them, against the routes that the hub's client asks; also when some fail first."""
     with stand_in(failures) as server:
         run('prepare.py', f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--val_fraction=0.2',
-            HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'))
+            HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DOWNLOAD_TIMEOUT='2')
+        assert not server.failures
         assert any('sample/10BT/001' in path for path in server.asked)
         assert not any('data/CC' in path and 'resolve' in path for path in server.asked), 'sample-10BT only'
     assert documents_of(tmp_path / 'out') == sorted(HUB_TEXTS)
