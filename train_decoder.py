@@ -2,7 +2,7 @@
 
     python train_decoder.py config/decoder_demo.py
     torchrun --nproc_per_node=8 train_decoder.py config/decoder_fineweb.py
-    python train_decoder.py config/decoder_demo.py --init_from=resume
+    python train_decoder.py config/decoder_demo.py --max_iters=900 --init_from=resume     the same command needs no flag
     python train_decoder.py config/decoder_demo.py --language_model=True      evaluate.py compares predictions with it
 
 Writes to out_dir, which may be the encoder's: decoder.pt (newest), decoder_best.pt (lowest validation loss),
@@ -37,7 +37,7 @@ from prepare import Corpus, hold, write_json
 data_dir = ''  # what prepare.py wrote; '': what the encoder was trained on
 out_dir = 'out/fineweb'
 encoder_path = ''  # a checkpoint, or the out_dir of one; '': out_dir
-init_from = 'scratch'  # 'scratch' or 'resume'
+init_from = 'scratch'  # 'resume': with other settings than before
 eval_interval = 500  # steps between evaluations, each followed by a checkpoint
 log_interval = 10  # steps between lines in metrics_decoder.csv
 eval_iters = 16  # validation batches an evaluation

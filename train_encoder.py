@@ -2,7 +2,7 @@
 
     python train_encoder.py config/encoder_demo.py --learning_rate=5e-4
     torchrun --nproc_per_node=8 train_encoder.py config/encoder_fineweb.py
-    python train_encoder.py config/encoder_demo.py --init_from=resume
+    python train_encoder.py config/encoder_demo.py --max_iters=900 --init_from=resume     the same command needs no flag
 
 Writes to out_dir: encoder.pt (newest), encoder_best.pt (highest validation MRR), metrics.csv, config.json.
 """
@@ -35,7 +35,7 @@ from prepare import Corpus, hold, write_json
 # in and out
 data_dir = 'data/fineweb-edu'  # what prepare.py wrote
 out_dir = 'out/fineweb'
-init_from = 'scratch'  # 'scratch', 'resume', or 'hf:<name or folder>': weights of transformers, own tokenizer
+init_from = 'scratch'  # or 'hf:<name or folder>': of transformers; 'resume': with other settings than before
 eval_interval = 500  # steps between evaluations, each followed by a checkpoint
 log_interval = 10  # steps between lines in metrics.csv
 eval_iters = 16  # validation batches an evaluation
