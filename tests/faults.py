@@ -95,7 +95,7 @@ def soak(work, minutes=120, every=10):
         seen.append((time.time(), step, ticks / os.sysconf('SC_CLK_TCK'), resident, len(os.listdir(f'/proc/{process.pid}/fd'))))
         np.savetxt(f'{work}/soak.csv', seen, delimiter=',', header='time,step,cpu seconds,MB,files', comments='', fmt='%.2f')
     process.send_signal(signal.SIGTERM)
-    process.wait(120)
+    process.wait(600)
     return [('long', f'training for {minutes} minutes', *soak_figures(np.array(seen)))]
 
 
