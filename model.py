@@ -1075,8 +1075,10 @@ def save_checkpoint(path, state: dict):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
-        raise OSError(f"could not write the checkpoint '{path}': {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError) as error:
+        # torch's writer turns a full disk into a RuntimeError about positions
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"could not write the checkpoint '{path}': {str(cause).splitlines()[0]}") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
