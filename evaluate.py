@@ -997,6 +997,8 @@ def main():
         print(dumps(found, ensure_ascii=False, indent=1)) if json else show(found)
         return
     folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
+    if not os.access(folder, os.W_OK):
+        raise Mistake(f'cannot write to {folder}: give a copy of it as --out_dir')
     if not decoder:
         print(f'no decoder in {folder}: text and perplexity are left out (train_decoder.py makes one)', file=sys.stderr)
     if not sts:
@@ -1004,18 +1006,22 @@ def main():
     s = Study(encoder, decoder, train, val, sts_files(sts), judge_encoder(judge))
     sections = evaluate(s)
     word, rule, beaten = verdict(sections)
-    table, names = markdown(sections), pictures(folder, s, sections)
+    table = markdown(sections)
     behind = f'Baselines ahead of the model: {"; ".join(beaten) or "none"}.'
     counts = ', '.join(f'{v:,} {k}' for k, v in s.counts.items())
-    report = '\n\n'.join([f'# {word}', behind, f'{counts}. In brackets: 95 % intervals over documents.', '## Metrics',
-                          table, '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names), '## Samples', samples(s),
-                          f'**{word}**: {rule}.']) + '\n'
     metrics = {'verdict': word, 'rule': rule, 'ahead of the model': beaten, 'counts': s.counts, 'metrics': sections,
                'settings': settings}
-    with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as f:
-        f.write(report)
-    with open(os.path.join(folder, 'metrics.json'), 'w', encoding='utf-8') as f:
-        dump(metrics, f, indent=1)
+    try:
+        names = pictures(folder, s, sections)
+        with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as f:
+            f.write('\n\n'.join([
+                f'# {word}', behind, f'{counts}. In brackets: 95 % intervals over documents.', '## Metrics', table,
+                '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names), '## Samples', samples(s),
+                f'**{word}**: {rule}.']) + '\n')
+        with open(os.path.join(folder, 'metrics.json'), 'w', encoding='utf-8') as f:
+            dump(metrics, f, indent=1)
+    except OSError as error:
+        raise Mistake(f'cannot write to {folder}: {error.strerror or error}') from None
     print(dumps(metrics, indent=1) if json else
           f'{table}\n{behind}\n{word}: {rule}.\n{folder}/report.md has samples and pictures')
 
