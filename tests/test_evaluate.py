@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -312,6 +313,18 @@ def test_the_whole_evaluation(trained, tmp_path):
     assert nats['D(z)']['perplexity'] == pytest.approx(np.exp(nats['D(z)']['nats per token']))
     run('evaluate.py', *arguments)
     assert open(os.path.join(trained, 'report.md'), encoding='utf-8').read() == report, 'the same seed, the same report'
+
+
+def test_a_model_that_reads_tokens_is_rolled_out_as_text(trained, corpus_dir, monkeypatch):
+    monkeypatch.setattr(ev, 'MAX_ROLLOUTS', 10)
+    of_concepts, decoder = lib.load_encoder(trained), lib.load_decoder(trained)
+    net = lib.JEPA(replace(of_concepts.model.config, context='tokens'))
+    net.load_state_dict(of_concepts.model.state_dict())
+    s = ev.Study(lib.SentenceEncoder(net, of_concepts.tokenizer), decoder, Corpus(corpus_dir, 'train'), Corpus(corpus_dir, 'val'))
+    rows = ev.rollouts(s)['rollout, sentences ahead']
+    assert {name.partition(',')[0] for name in rows} == {'text', 'copy-last'}
+    assert len(rows) == 2 * ev.HORIZON
+    assert 0 < rows['text, 8']['distinct-2'] <= 1
 
 
 def test_an_untrained_model_has_learned_nothing(corpus_dir, tmp_path):
