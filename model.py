@@ -707,8 +707,9 @@ class JEPA(nn.Module):
         (6 a weight) and by the target forward (2); whitening, under 1 %, is left out.
         """
         config, passes = self.config, 2 if self.config.context == 'concepts' else 1
+        predictor = matrix_weights(self.predictor) + (matrix_weights(self.hypotheses) if self.hypotheses else 0)
         return (8 * matrix_weights(self.encoder) * n_tokens + 16 * config.n_layer * config.n_embd * n_seen
-                + 6 * passes * matrix_weights(self.predictor) * n_sentences)
+                + 6 * passes * predictor * n_sentences)
 
     @torch.no_grad()
     def update_target(self, momentum):

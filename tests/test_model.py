@@ -212,6 +212,17 @@ def test_whitening_of_a_constant_batch_stays_finite():
     assert torch.isfinite(w(torch.ones(3, 8))).all()
 
 
+def test_whitening_of_a_rank_deficient_batch_stays_finite():
+    """Two directions of eight: what has no variance is not blown up to noise."""
+    w, z = lib.Whitening(8), torch.randn(100, 2) @ torch.randn(2, 8)
+    w.update(*lib.moments(z)[:2])
+    w.refresh()
+    assert w.W.isfinite().all()
+    concepts = w(torch.cat((z, z[:1] * 1e6, w.mean[None])))
+    assert concepts.isfinite().all()
+    assert torch.linalg.svdvals(concepts)[2] < 1e-2
+
+
 def test_a_constant_model_scores_nothing():
     z = lib.unit(torch.ones(50, 8))
     ranks = lib.worst_ranks(z @ z.T, torch.arange(50), ~torch.eye(50, dtype=torch.bool))
