@@ -11,7 +11,7 @@ scores nothing.
 import csv
 import os
 import sys
-from json import dump, dumps
+from json import dumps
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import model as lib
 from config import override
-from prepare import Corpus, Mistake, read_file, split_sentences
+from prepare import Corpus, Mistake, read_file, split_sentences, write_json
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: override with --name=value
@@ -192,11 +192,13 @@ def spearman(a, b, n=1000):
 
     0, not NaN, where one is constant; to six places, since what a product rounds differently is no order.
     """
-    at = np.vstack((np.arange(len(a)), np.random.default_rng(0).integers(0, len(a), (n, len(a)))))
-    x, y = (rankdata(np.round(np.asarray(v, float), 6)[at], axis=1) for v in (a, b))
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    r = 100 * (x * y).sum(1) / np.maximum(np.sqrt((x * x).sum(1) * (y * y).sum(1)), 1e-9)
-    return float(r[0]), float(np.quantile(r[1:], 0.025)), float(np.quantile(r[1:], 0.975))
+    rng, (a, b) = np.random.default_rng(0), (np.round(np.asarray(v, float), 6) for v in (a, b))
+
+    def correlation(at):
+        x, y = (rankdata(v[at]) - (len(at) + 1) / 2 for v in (a, b))
+        return 100 * float(x @ y / max(np.sqrt((x @ x) * (y @ y)), 1e-9))
+    drawn = [correlation(rng.integers(0, len(a), len(a))) for _ in range(n)]
+    return correlation(np.arange(len(a))), float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
 
 
 def geometry(x, rng):
@@ -305,9 +307,10 @@ def read_sts(path):
                     last = is_score(row[-1])
                 if last is None and reader.line_num == 1:
                     continue  # a header
-                if last is None or len(row) < 3 or not is_score(row[-1] if last else row[0]):
+                right = len(row) == 3 or (tabs and len(row) > 3)
+                if last is None or not right or not is_score(row[-1] if last else row[0]):
                     raise Mistake(f'{path}, line {reader.line_num}: expected a score, first or last in every row, and '
-                                  'two sentences')
+                                  'two sentences (in quotes where they have commas)')
                 rows.append((float(row[-1]), *row[-3:-1]) if last else (float(row[0]), *row[1:3]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Mistake(f'cannot read --sts={path}: {error}') from None
@@ -339,7 +342,7 @@ def judge_encoder(name):
     except ImportError:
         raise Mistake('--judge needs `pip install sentence-transformers`') from None
     except (OSError, ValueError) as error:
-        raise Mistake(f'cannot load --judge={name}: {str(error).splitlines()[0]}') from None
+        raise Mistake(f'cannot load --judge={name}: {str(error).splitlines()[0]} (give a folder)') from None
     return lambda texts: net.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 
@@ -353,13 +356,14 @@ def load(path):
             raise Mistake(f'--device={device}: this machine, or this build of torch, has no CUDA')
     except (RuntimeError, TypeError):
         raise Mistake(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'") from None
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or '.'
     try:
         encoder, decoder = lib.load_encoder(path, where, dtype), None
         if os.path.exists(os.path.join(folder, 'decoder.pt')):
             decoder = lib.load_decoder(folder, where, dtype)
             if abs(decoder.encoder_fingerprint / lib.fingerprint(encoder.model) - 1) > 1e-6:
-                print(f'{folder}/decoder.pt was trained on another encoder than {path}: it is left out')
+                print(f'{folder}/decoder.pt was trained on another encoder than {path}: it is left out (train it again '
+                      'in another --out_dir)', file=sys.stderr)
                 decoder = None
         if decoder and os.path.exists(os.path.join(folder, 'language_model.pt')):
             decoder.language_model = lib.load_decoder(folder, where, dtype, 'language_model')
@@ -431,16 +435,24 @@ def window_means(x, z_all):
 
 
 def leak(s):
-    """Distance of predictions from those after the next sentences were replaced: 0, or the answer was read."""
-    sentences, changed, windows = [], [], []
+    """Distance of predictions from those with other sentences after them: 0, or the answer was read.
+
+    Of the encoder as used here, given the window alone, and of its model on rows that go on, as training's do.
+    """
+    net, distances = s.encoder.model, []
     for i in np.random.default_rng(seed).permutation(len(s.z))[:64]:
         a, b = s.items.windows[i]
-        windows.append((len(sentences), len(sentences) + b - a))
-        after = s.items.sentences[b:b + 2]
-        sentences += [*s.items.sentences[a:b], *after]
-        changed += [*s.items.sentences[a:b], *s.items.sentences[:len(after)]]
-    p, q = (s.encoder.predict_windows(x, windows, batch_size) for x in (sentences, changed))
-    return float(np.linalg.norm(p - q, axis=1).mean())
+        window, last, found = s.items.sentences[a:b], b - a - 1, []
+        for after in (s.items.sentences[b:b + 2], s.items.sentences[:2]):
+            row = [*window, *after]
+            tokens, sentence = (torch.from_numpy(x)[None].to(s.encoder.device) for x in (
+                np.concatenate(row).astype(np.int64), np.repeat(np.arange(len(row)), [len(r) for r in row])))
+            document = torch.zeros(1, len(row), dtype=torch.long, device=s.encoder.device)
+            with torch.inference_mode(), s.encoder.autocast:
+                p = net.predict(tokens, sentence, document, net.masks(sentence, document)[1])[0, last]
+            found.append(np.stack((lib.unit(p).cpu().numpy(), s.encoder.predict_windows(row, [(0, b - a)])[0])))
+        distances.append(np.linalg.norm(found[0] - found[1], axis=1).max())
+    return float(np.mean(distances))
 
 
 def similarity(s):
@@ -762,10 +774,12 @@ def verdict(sections):
               for name, row in sections[section].items() if row[column] > sections[section]['model'][column]]
     if sections['leak']['model']['distance'] > 0.1:
         return 'leaks', 'predictions change with the sentences that they are to predict', beaten
-    if apart > 0.5 or share < 0.05 or f['skill_high'] <= 0 or corpus['model']['MRR_low'] <= corpus['chance']['MRR']:
-        return 'collapsed', (f'unrelated sentences have cosine {apart:.2f} (rule: above .5), centred rank is '
-                             f'{100 * share:.0f} % of the width (below 5 %), skill {f["skill"]:.3f} is not above 0, or '
-                             f"corpus MRR {corpus['model']['MRR']:.3f} not above chance"), beaten
+    signs = {f'unrelated sentences have cosine {apart:.2f}, above .5': apart > 0.5,
+             f'concepts fill {100 * share:.0f} % of the width, below 5 %': share < 0.05,
+             f'skill is {f["skill"]:.3f}, not above 0': f['skill_high'] <= 0,
+             'retrieval over the corpus is at chance': corpus['model']['MRR_low'] <= corpus['chance']['MRR']}
+    if any(signs.values()):
+        return 'collapsed', '; '.join(sign for sign, seen in signs.items() if seen), beaten
     if inside['model']['MRR_low'] > inside['chance']['MRR'] and f['skill_low'] > 0 and \
             all(row['gain_low'] > 0 for row in sections['what is learned'].values()):
         return 'learns', ('skill is above 0 and above copy-last, retrieval in the document above chance, and there and '
@@ -801,7 +815,8 @@ def markdown(sections):
 
 def escape(text):
     """Text that markdown shows as it is."""
-    return ''.join('\\' + c if c in '\\`*_{}[]<>()#+-!|~&' else c for c in ' '.join(text.split()))
+    text = ''.join('\ufffd' if c < ' ' or '\x7f' <= c < '\xa0' else c for c in ' '.join(text.split()))
+    return ''.join('\\' + c if c in '\\`*_{}[]<>()#+-!|~&' else c for c in text)
 
 
 def samples(s):
@@ -879,11 +894,11 @@ def pictures(folder, s, sections):
         spectrum[name] = (np.arange(1, len(v) + 1), np.log10(np.maximum(v / max(v.sum(), 1e-12), 1e-9)), style)
     curves('spectrum.png', ('singular value, by size', 'share of their sum, log₁₀', spectrum))
 
-    x, bins = s.items, np.linspace(-0.6, 1, 65)
+    x, bins, near = s.items, np.linspace(-0.6, 1, 65), s.candidates['a'][:, 1]
     spread = {}
-    for name, q, style in (('true next', x.target, '-'), ('same document', s.candidates['a'].max(1), '--'),
+    for name, q, style in (('true next', x.target, '-'), ('same document', near, '--'),
                            ('unrelated', np.roll(x.target, len(s.p) // 2), ':')):
-        share, _ = np.histogram(cosine(unit(s.p), s.z_all[q]), bins, density=True)
+        share, _ = np.histogram(cosine(unit(s.p), s.z_all[q])[q >= 0], bins, density=True)
         spread[name] = ((bins[1:] + bins[:-1]) / 2, share, style)
     curves('cosines.png', ('cosine of prediction and concept', 'density', spread))
 
@@ -954,10 +969,13 @@ def answer(encoder, decoder, val):
         a, b = encoder.encode(ends)
         return {'interpolation': [{'share': share, **look(unit((1 - share) * a + share * b))}
                                   for share in np.linspace(0, 1, 9).tolist()]}
-    given = sys.stdin.buffer.read() if prompt == '-' else prompt.encode()
+    given = sys.stdin.buffer.read() if prompt == '-' else prompt.encode('utf-8', 'surrogateescape')
     if prompt_file:
-        with open(prompt_file, 'rb') as f:
-            given = f.read()
+        try:
+            with open(prompt_file, 'rb') as f:
+                given = f.read()
+        except OSError as error:
+            raise Mistake(f'cannot read --prompt_file={prompt_file}: {error.strerror}') from None
     read = split_sentences(given.decode('utf-8', 'replace'))
     if not read:
         raise Mistake('the prompt holds no sentence')
@@ -990,20 +1008,23 @@ def show(found, indent=''):
 
 def main():
     """Evaluate, or answer."""
-    asked = any(a.startswith(('--prompt=', '--prompt_file=', '--interpolate=')) for a in sys.argv)  # empty: a mistake
+    asked = {a.partition('=')[0] for a in sys.argv} & {'--prompt', '--prompt_file', '--interpolate'}  # empty: a mistake
+    if len(asked) > 1:
+        raise Mistake(f'one of {" and ".join(sorted(asked))}, not both')
     encoder, decoder, train, val = load(out_dir)
     if asked:
         found = answer(encoder, decoder, val)
         print(dumps(found, ensure_ascii=False, indent=1)) if json else show(found)
         return
-    folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
+    folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir) or '.'
     if not os.access(folder, os.W_OK):
         raise Mistake(f'cannot write to {folder}: give a copy of it as --out_dir')
+    pairs, judged_by = sts_files(sts), judge_encoder(judge)
     if not decoder:
         print(f'no decoder in {folder}: text and perplexity are left out (train_decoder.py makes one)', file=sys.stderr)
     if not sts:
         print('STS is left out: --sts=<file of score, s1, s2>, or --sts=hub', file=sys.stderr)
-    s = Study(encoder, decoder, train, val, sts_files(sts), judge_encoder(judge))
+    s = Study(encoder, decoder, train, val, pairs, judged_by)
     sections = evaluate(s)
     word, rule, beaten = verdict(sections)
     table = markdown(sections)
@@ -1018,8 +1039,7 @@ def main():
                 f'# {word}', behind, f'{counts}. In brackets: 95 % intervals over documents.', '## Metrics', table,
                 '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names), '## Samples', samples(s),
                 f'**{word}**: {rule}.']) + '\n')
-        with open(os.path.join(folder, 'metrics.json'), 'w', encoding='utf-8') as f:
-            dump(metrics, f, indent=1)
+        write_json(os.path.join(folder, 'metrics.json'), metrics)
     except OSError as error:
         raise Mistake(f'cannot write to {folder}: {error.strerror or error}') from None
     print(dumps(metrics, indent=1) if json else
@@ -1036,5 +1056,5 @@ if __name__ == '__main__':
     except (Mistake, OSError) as error:
         raise SystemExit(f'evaluate.py: {error}') from None
     except KeyboardInterrupt:
-        print('evaluate.py: interrupted, nothing was written', file=sys.stderr)
+        print('evaluate.py: interrupted', file=sys.stderr)
         raise SystemExit(130) from None

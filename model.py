@@ -1120,8 +1120,8 @@ def checkpoint_to_resume(path, kind, settings, device) -> dict | None:
     if not told and not os.path.exists(path):
         return None
     state = load_checkpoint(path, kind, device)
-    differ = sorted(k for k in settings.keys() | state['settings'].keys()
-                    if settings.get(k) != state['settings'].get(k))
+    differ = sorted(k for k in settings.keys() & state['settings'].keys()  # a setting may have come since
+                    if settings[k] != state['settings'][k])
     if not told and differ:
         raise ValueError(f"'{path}' exists, of a run with other settings ({', '.join(differ)}): go on with "
                          '--init_from=resume, or choose another --out_dir')

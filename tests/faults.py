@@ -486,7 +486,7 @@ def disk(work, sizes=(10, 100, 800, 3000, 20_000, 200_000), tmpfs=(64, 200, 600)
         ways.add(clear(start(*command, preexec_fn=limited(size))).replace(out, '<data_dir>'))
         finish(start(*command))  # room again
         assert_folders_equal(whole, out)
-    found.append(('disk', f'prepare.py: files limited to {sizes[0]} to {sizes[4]:,} bytes', 5,
+    found.append(('disk', f'prepare.py: files limited to {sizes[0]} to {sizes[:5][-1]:,} bytes', len(sizes[:5]),
                   'one line each, and with room again the same bytes: ' + ' / '.join(sorted(ways))))
     if mounts():
         for kilobytes in tmpfs:
@@ -630,8 +630,9 @@ def places(work):
     while not os.path.exists(f'{work}/place_data'):
         time.sleep(0.01)
     time.sleep(0.1)
-    second = start('prepare.py', *slow)
-    line = clear(second, 'another run is writing there')
+    first.send_signal(signal.SIGSTOP)  # or it might be done before the second one looks
+    line = clear(start('prepare.py', *slow), 'another run is writing there')
+    first.send_signal(signal.SIGCONT)
     finish(first)
     modes = {f: oct(os.stat(f'{work}/place_data/{f}').st_mode & 0o777) for f in os.listdir(f'{work}/place_data')}
     assert set(modes.values()) == {'0o600'}, modes

@@ -160,6 +160,17 @@ class Leak(Cheat):
         return concepts[min(b, len(concepts) - 1)]
 
 
+class LeakyModel(Cheat):
+    """Its predictor sees the sentence after; whoever gives it the window alone does not notice."""
+    def guess(self, concepts, a, b):
+        forward = self.model.predictor.forward
+        if forward.__name__ != 'leaky':
+            def leaky(c, document):
+                return forward(c, document) + 5 * c.roll(-1, 1)
+            self.model.predictor.forward = leaky
+        return concepts[a:b].mean(0)
+
+
 class Lot(Cheat):
     """Predictions by lot."""
     def guess(self, concepts, a, b):
@@ -167,7 +178,7 @@ class Lot(Cheat):
 
 
 @pytest.mark.parametrize(('kind', 'word'), [
-    (Constant, 'collapsed'), (RankOne, 'collapsed'), (Topic, 'topic only'), (Copy, 'topic only'), (Leak, 'leaks'), (Lot, 'collapsed'),
+    (Constant, 'collapsed'), (RankOne, 'collapsed'), (Topic, 'topic only'), (Copy, 'topic only'), (Leak, 'leaks'), (LeakyModel, 'leaks'), (Lot, 'collapsed'),
     (None, 'topic only')])
 def test_what_a_cheat_gets(trained, corpus_dir, kind, word):
     """Each the verdict it deserves, and no number that flatters it. None: the same model with random weights."""
@@ -264,7 +275,7 @@ def test_sts_files_in_any_order(tmp_path):
 
 @pytest.mark.parametrize(('content', 'says'), [
     ('a,b,1\nc,d,high\n', 'line 2'), ('a,b,1\nc,2\n', 'line 2'), ('', 'no pair'), ('s1,s2,score\n', 'no pair'),
-    ('s1,s2\nx,y\n', 'line 2'), ('a,"b\nb",1\nc,d,nan\n', 'line 3'), ('1\ta\tb\n\tc\td\n', 'line 2')])
+    ('s1,s2\nx,y\n', 'line 2'), ('a,"b\nb",1\nc,d,nan\n', 'line 3'), ('1\ta\tb\n\tc\td\n', 'line 2'), ('1,Yes, said he.,b\n', 'quotes')])
 def test_sts_files_with_faults(tmp_path, content, says):
     (tmp_path / 'bad.csv').write_text(content)
     with pytest.raises(ev.Mistake, match=says):
@@ -273,7 +284,8 @@ def test_sts_files_with_faults(tmp_path, content, says):
 
 def test_text_is_shown_as_it_is():
     assert ev.escape('<b>*x*</b>\n| y') == '\\<b\\>\\*x\\*\\</b\\> \\| y'
-    assert ev.escape('שלום 🙂') == 'שלום 🙂'
+    assert ev.escape('שלום 👩‍👩‍👧') == 'שלום 👩‍👩‍👧'
+    assert ev.escape('a\0b\x9f') == 'a\ufffdb\ufffd'
 
 
 @pytest.fixture(scope='module')
@@ -435,11 +447,11 @@ def test_mteb_takes_the_encoder(trained, monkeypatch):
 
 
 @pytest.mark.parametrize(('argument', 'says'), [
-    ('--out_dir=nowhere', 'train_encoder.py'), ('--prompt_file=nowhere.txt', 'nowhere.txt'), ('--interpolate=one sentence', '||'),
+    ('--out_dir=nowhere', 'train_encoder.py'), ('--prompt_file=nowhere.txt', 'nowhere.txt'), ('--interpolate=one sentence', '||'), ('--interpolate=a || b --prompt=c', 'not both'),
     ('--judge=no/such/folder', '--judge=no/such/folder'), ('--prompt= ', 'no sentence'), ('--prompt=', 'no sentence'), ('--sts=nowhere.csv', 'nowhere.csv'),
     ('--max_pair=3', 'max_pairs'), ('--max_pairs=0', '1 or more'), ('--dtype=fp16', 'bfloat16'), ('--device=cuda:9', 'CUDA'), ('--device=True', 'cuda'), ('--top_p=0', 'top_p')])
 def test_mistakes_are_one_line(trained, argument, says):
-    done = run('evaluate.py', f'--out_dir={trained}', argument, check=False)
+    done = run('evaluate.py', f'--out_dir={trained}', *argument.replace(' --', '\n--').split('\n'), check=False)
     assert done.returncode != 0
     assert says in done.stderr
     assert 'Traceback' not in done.stderr
