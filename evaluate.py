@@ -350,14 +350,9 @@ def load(path):
     """Encoder, decoder or None, and corpora of a run; raises Mistake."""
     if dtype not in ('float32', 'bfloat16'):
         raise Mistake(f"--dtype={dtype}: expected 'float32' or 'bfloat16'")
-    where = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-    try:
-        if torch.device(where).type == 'cuda' and not torch.cuda.is_available():
-            raise Mistake(f'--device={device}: this machine, or this build of torch, has no CUDA')
-    except (RuntimeError, TypeError):
-        raise Mistake(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'") from None
     folder = path if os.path.isdir(path) else os.path.dirname(path) or '.'
     try:
+        where = lib.pick_device(device)
         encoder, decoder = lib.load_encoder(path, where, dtype), None
         if os.path.exists(os.path.join(folder, 'decoder.pt')):
             decoder = lib.load_decoder(folder, where, dtype)

@@ -121,6 +121,19 @@ class Rearrange(torch.autograd.Function):
         return gradient.index_select(0, back).masked_fill_(~ok, 0), None, None, None, None
 
 
+def pick_device(name):
+    """The device of the setting `device`; 'auto' is cuda where there is one. Raises ValueError for what is not there."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        kind = torch.device(name).type
+    except (RuntimeError, TypeError):
+        raise ValueError(f"--device={name}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'") from None
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'--device={name}: this machine, or this build of torch, has no CUDA')
+    return name
+
+
 def attention_path(device, compiled, hf=False):
     """How masks are best built: 'flex' on CUDA, compiled; 'spans' on CPU, not compiled; or 'mask'.
 
@@ -1134,7 +1147,7 @@ def not_finite(model, losses, documents) -> str:
     of a step, documents(i) the documents of one."""
     names = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     bad = (~losses.isfinite()).nonzero()[:, 0].tolist() or range(len(losses))
-    named = f"that of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else 'their norm'
+    named = f"that of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else 'none by itself'
     return (f'loss {losses.sum():.3g}, gradients not finite: {named}; training documents '
             f'{sorted(set().union(*map(documents, bad)))}')
 

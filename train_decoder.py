@@ -120,14 +120,11 @@ sys.excepthook = on_error
 
 ddp = 'RANK' in os.environ
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
 try:
-    device_type = torch.device(device).type
-except (RuntimeError, TypeError):
-    stop(f"--device={device}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
-if device_type == 'cuda' and not torch.cuda.is_available():
-    stop(f'--device={device}: this machine, or this build of torch, has no CUDA')
+    device = lib.pick_device(device)
+except ValueError as error:
+    stop(error)
+device_type = torch.device(device).type
 if wandb_log:
     try:
         import wandb
