@@ -122,7 +122,7 @@ class Rearrange(torch.autograd.Function):
 
 
 def pick_device(name):
-    """The device of the setting `device`; 'auto' is cuda where there is one. Raises ValueError for what is not there."""
+    """The device of the setting `device`; auto: cuda where there is one. Raises ValueError for what is not there."""
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
