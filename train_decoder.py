@@ -204,6 +204,14 @@ checkpoint_path = os.path.join(out_dir, f'{kind}.pt')
 metrics_path = os.path.join(out_dir, f'metrics_{kind}.csv')
 if init_from not in ('scratch', 'resume'):
     stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
+if master:
+    try:  # before the checkpoint is read, so that no other run writes one meanwhile
+        os.makedirs(out_dir, exist_ok=True)
+        hold(metrics_path)
+    except OSError as error:
+        stop(f'cannot write to {out_dir}: {error.strerror}')
+if ddp:
+    dist.barrier()
 encoder_fingerprint = lib.fingerprint(jepa)
 torch.manual_seed(seed)
 try:
@@ -239,8 +247,6 @@ del state
 
 if master:
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        hold(metrics_path)
         os.truncate(metrics_path, min(metrics_bytes, os.path.getsize(metrics_path)))  # lost steps write rows again
         write_json(os.path.join(out_dir, f'config_{kind}.json'), settings)
     except OSError as error:

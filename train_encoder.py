@@ -219,6 +219,14 @@ architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer'
                 'fade': fade, 'hypotheses': hypotheses}
 checkpoint_path = os.path.join(out_dir, 'encoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics.csv')
+if master:
+    try:  # before the checkpoint is read, so that no other run writes one meanwhile
+        os.makedirs(out_dir, exist_ok=True)
+        hold(metrics_path)
+    except OSError as error:
+        stop(f'cannot write to {out_dir}: {error.strerror}')
+if ddp:
+    dist.barrier()
 weights = None
 try:
     state = lib.checkpoint_to_resume(checkpoint_path, 'encoder', settings, device)
@@ -280,8 +288,6 @@ del state, weights  # memory for the run
 
 if master:
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        hold(metrics_path)
         os.truncate(metrics_path, min(metrics_bytes, os.path.getsize(metrics_path)))  # lost steps write rows again
         write_json(os.path.join(out_dir, 'config.json'), settings)
     except OSError as error:
