@@ -118,8 +118,39 @@ def interval(values):
     return np.mean(values), t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5 if n > 1 else np.nan
 
 
+def compared(found):
+    """{row: {column: (mean, half of its 95 % interval, mean difference from the first row's, half of its interval)}}.
+
+    found: {row: [{column: number} of each seed]}. Differences are taken seed by seed: a seed draws the same start and the same
+    pairs to measure for every row, so that they are told apart where the means' intervals overlap.
+    """
+    first = next(iter(found.values()))
+    return {name: {c: (*interval([r[c] for r in runs]), *interval([r[c] - f.get(c, np.nan) for r, f in zip(runs, first)]))
+                   for c in runs[0]} for name, runs in found.items()}
+
+
+def write(table, seeds, iters, folder):
+    """Print the table of so many seeds and steps; keep it as ablation.csv and, what retrieval and STS say, as ablation.png."""
+    columns = [c for c, *_ in COLUMNS if any(c in row for row in table.values())]
+    first = next(iter(table))
+    print(f'\nIn brackets: from {first}, seed by seed, and half of the 95 % interval\n\n| |' + ' | '.join(columns) + ' |\n|---|' +
+          '---:|' * len(columns))
+    for name, row in table.items():
+        cells = ('{:.{d}f} ({:+.{d}f} ± {:.{d}f})'.format(v[0], *v[2:], d=3 if abs(v[0]) < 10 else 1) if v else ''
+                 for v in map(row.get, columns))
+        print(f'| {name} | ' + ' | '.join(cells) + ' |')
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, 'ablation.csv'), 'w', newline='') as f:
+        writer = csv.writer(f)
+        writer.writerow(['row', 'settings', 'seeds', 'steps unless set', *(f'{c}{x}' for c in columns for x in (
+            '', ', half of 95 % interval', f', from {first}', f', from {first}, half of 95 % interval'))])
+        writer.writerows([name, ' '.join(ROWS[name]), seeds, iters, *('' if np.isnan(x) else f'{x:.4f}' for c in columns
+                          for x in row.get(c, (np.nan,) * 4))] for name, row in table.items())
+    picture(table, os.path.join(folder, 'ablation.png'))
+
+
 def picture(table, path):
-    """Corpus and in-document MRR and STS of each row, with intervals."""
+    """Differences of corpus MRR, in-document MRR and STS of each row from the first, with intervals."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -127,10 +158,11 @@ def picture(table, path):
     y = np.arange(len(table))[::-1]
     _, axes = plt.subplots(1, len(columns), sharey=True, figsize=(3.2 * len(columns), 0.8 + 0.26 * len(table)), dpi=110)
     for axis, column in zip(np.atleast_1d(axes), columns):
-        mean, half = np.array([row[column] for row in table.values()]).T
+        mean, half = np.array([row[column][2:] for row in table.values()]).T
         axis.errorbar(mean, y, xerr=np.nan_to_num(half), fmt='o', color='black', markersize=4, capsize=2)
-        axis.axvline(mean[0], color='0.6', linestyle=':')
-        axis.set(xlabel=column, yticks=y, yticklabels=list(table))
+        axis.axvline(0, color='0.6', linestyle=':')
+        axis.set_xscale('symlog', linthresh=0.01 if column != 'STS' else 1)  # a collapse and a nuance in one picture
+        axis.set(xlabel=f'{column}, from {next(iter(table))}', yticks=y, yticklabels=list(table))
         axis.grid(alpha=0.3)
     plt.savefig(path, bbox_inches='tight', metadata={'Software': None})
     plt.close()
@@ -162,20 +194,7 @@ def main():
         for name in names:
             found[name].append(measured(one(name, seed, a)))
             print(f"{name}, seed {seed}: " + ', '.join(f'{k} {v:.3f}' for k, v in found[name][-1].items()), flush=True)
-    table = {name: {c: interval([r[c] for r in runs]) for c in runs[0]} for name, runs in found.items()}
-    columns = [c for c, *_ in COLUMNS if any(c in row for row in table.values())]
-    print('\n| |' + ' | '.join(columns) + ' |\n|---|' + '---:|' * len(columns))
-    for name, row in table.items():
-        cells = (row.get(c) for c in columns)
-        print(f'| {name} | ' + ' | '.join('' if not v else '{:.3f} (± {:.3f})'.format(*v) if abs(v[0]) < 10 else
-                                          '{:.1f} (± {:.1f})'.format(*v) for v in cells) + ' |')
-    os.makedirs(a.results, exist_ok=True)
-    with open(os.path.join(a.results, 'ablation.csv'), 'w', newline='') as f:
-        writer = csv.writer(f)
-        writer.writerow(['row', 'settings', 'seeds', 'steps unless set', *(x for c in columns for x in (c, f'{c}, half of 95 % interval'))])
-        writer.writerows([name, ' '.join(ROWS[name]), len(seeds), a.iters, *(f'{x:.4f}' if row.get(c) else '' for c in columns for x in row.get(c, (0, 0)))]
-                         for name, row in table.items())
-    picture(table, os.path.join(a.results, 'ablation.png'))
+    write(compared(found), len(seeds), a.iters, a.results)
 
 
 if __name__ == '__main__':
