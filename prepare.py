@@ -11,6 +11,7 @@ int64 offsets into tokens; .documents, int64 offsets into sentences.
 """
 
 import base64
+import bisect
 import codecs
 import contextlib
 import fcntl
@@ -870,7 +871,7 @@ class Corpus:
         verify = self.n_tokens < 1e9 if verify is None else verify
         self.shards = [Shard(data_dir, e, self.meta['dtype'], verify) for e in said['shards']]
         self.first_document = np.cumsum([0, *(e['documents'] for e in said['shards'])])
-        self._rows, self._counts, self._lock = {}, {}, threading.Lock()
+        self._rows, self._starts, self._lock = {}, {}, threading.RLock()
         self._tokenizer = None
         self.tokenizer_spec  # noqa: B018  its file is looked at on opening
 
@@ -912,37 +913,35 @@ class Corpus:
         return np.random.default_rng((seed, epoch)).permutation(len(self.shards))
 
     def _shard_rows(self, k, epoch, seed, packing):
-        """Rows of shard k; the last two used are kept, and the number of rows of every one ever asked for."""
+        """Rows of shard k; the last two used are kept."""
         key = (k, epoch, seed, *packing)
         with self._lock:
             if key not in self._rows:
                 rows = Rows(self.shards[k], (seed, epoch, k), *packing)
                 while len(self._rows) > 1:
                     self._rows.pop(next(iter(self._rows)))
-                self._rows[key], self._counts[key] = rows, len(rows.starts) - 1
+                self._rows[key] = rows
             return self._rows[key]
-
-    def _count(self, k, epoch, seed, packing):
-        key = (k, epoch, seed, *packing)
-        if key not in self._counts:
-            self._shard_rows(k, epoch, seed, packing)
-        return self._counts[key]
 
     def rows_per_epoch(self, block_size, max_sentences, seed=0, prefix=0, epoch=0) -> int:
         """Number of rows of an epoch; it varies a little with the shuffle."""
         packing = (block_size, max_sentences, prefix)
-        return sum(self._count(k, epoch, seed, packing) for k in range(len(self.shards)))
+        return sum(len(self._shard_rows(k, epoch, seed, packing).starts) - 1 for k in range(len(self.shards)))
 
     def _locate(self, row, seed, packing):
         """(rows of a shard, its number, place in it) of global row `row`."""
-        epoch = 0
-        while True:
-            for k in self._shard_order(epoch, seed):
-                n = self._count(k, epoch, seed, packing)
-                if row < n:
-                    return self._shard_rows(k, epoch, seed, packing), k, row
-                row -= n
-            epoch += 1
+        def visited(i):
+            """(rows, number) of the i-th shard of the endless run of epochs."""
+            epoch, place = divmod(i, len(self.shards))
+            k = self._shard_order(epoch, seed)[place]
+            return self._shard_rows(k, epoch, seed, packing), k
+        with self._lock:  # where each visit begins is kept: a late row is found as fast as an early one
+            starts = self._starts.setdefault((seed, *packing), [0])
+            while starts[-1] <= row:
+                rows, _ = visited(len(starts) - 1)
+                starts.append(starts[-1] + len(rows.starts) - 1)
+            i = bisect.bisect_right(starts, row) - 1
+        return *visited(i), row - starts[i]
 
     def batch(self, step, batch_size, block_size, max_sentences, seed=0, rank=0, world_size=1, prefix=0) -> dict:
         """Rows of whole sentences: int64 arrays 'tokens' (B, T), 'sentence' (B, T), 'document' (B, S).

@@ -194,6 +194,25 @@ def test_batches_are_pure_and_ranks_share_rows(corpus_dir):
     assert np.array_equal(np.concatenate(halves), late)
 
 
+def test_a_late_row_is_found_as_fast_as_an_early_one(corpus_dir, monkeypatch):
+    """And is the one that counting through all epochs before it gives."""
+    corpus, packing, orders = prepare.Corpus(corpus_dir, 'train'), (128, 16, 0), []
+    assert len(corpus.shards) > 1
+    order = prepare.Corpus._shard_order
+    monkeypatch.setattr(prepare.Corpus, '_shard_order', lambda self, *a: orders.append(a) or order(self, *a))
+    row = 0
+    for epoch in range(6):
+        for k in order(corpus, epoch, 3):
+            n = len(corpus._shard_rows(k, epoch, 3, packing).starts) - 1
+            for r in (0, n - 1):
+                rows, shard, place = corpus._locate(row + r, 3, packing)
+                assert (shard, place, len(rows.starts) - 1) == (k, r, n)
+            row += n
+    before = len(orders)
+    corpus._locate(row - 1, 3, packing)
+    assert len(orders) == before + 1
+
+
 def test_a_row_too_short_for_a_sentence_is_refused(corpus_dir):
     with pytest.raises(ValueError, match='block_size=8 is too small'):
         prepare.Corpus(corpus_dir, 'train').batch(0, 1, 8, 4)
