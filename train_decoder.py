@@ -204,7 +204,7 @@ checkpoint_path = os.path.join(out_dir, f'{kind}.pt')
 metrics_path = os.path.join(out_dir, f'metrics_{kind}.csv')
 if init_from not in ('scratch', 'resume'):
     stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
-if master:
+if master and (init_from != 'resume' or os.path.exists(checkpoint_path)):  # no folder for a mistyped --out_dir
     try:  # before the checkpoint is read, so that no other run writes one meanwhile
         os.makedirs(out_dir, exist_ok=True)
         hold(metrics_path)
@@ -213,6 +213,8 @@ if master:
 if ddp:
     dist.barrier()
 encoder_fingerprint = lib.fingerprint(jepa)
+if not math.isclose(all_sum(torch.tensor(encoder_fingerprint)).item() / world_size, encoder_fingerprint, rel_tol=1e-6):
+    stop('ranks read different encoders: one is being trained or copied there')
 torch.manual_seed(seed)
 try:
     state = lib.checkpoint_to_resume(checkpoint_path, kind, settings, device)

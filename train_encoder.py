@@ -166,6 +166,8 @@ if compile not in (True, False):
     stop(f"--compile={compile}: expected True, False or 'auto'")
 if target == 'shared' and context != 'concepts':
     stop("--target=shared needs --context=concepts: one view for both sides")
+if init_from not in ('scratch', 'resume') and not init_from.startswith('hf:'):
+    stop(f"--init_from={init_from}: expected 'scratch', 'resume' or 'hf:<name or folder>'")
 if optimizer not in ('adamw', 'muon'):
     stop(f"--optimizer={optimizer}: expected 'adamw' or 'muon'")
 if dtype not in ('float32', 'bfloat16'):
@@ -219,7 +221,7 @@ architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer'
                 'fade': fade, 'hypotheses': hypotheses}
 checkpoint_path = os.path.join(out_dir, 'encoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics.csv')
-if master:
+if master and (init_from != 'resume' or os.path.exists(checkpoint_path)):  # no folder for a mistyped --out_dir
     try:  # before the checkpoint is read, so that no other run writes one meanwhile
         os.makedirs(out_dir, exist_ok=True)
         hold(metrics_path)
@@ -248,8 +250,6 @@ try:
         architecture |= found
         if master:
             print(f"{init_from} has {', '.join(f'{k}={found[k]}' for k in ('n_layer', 'n_head', 'n_embd'))} of its own")
-    elif init_from != 'scratch':
-        stop(f"--init_from={init_from}: expected 'scratch', 'resume' or 'hf:<name or folder>'")
     torch.manual_seed(seed)
     model = lib.JEPA(lib.JEPAConfig(**architecture))
     model.objective = lib.Objective(loss, target, reg, reg_weight)

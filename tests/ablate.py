@@ -4,8 +4,9 @@
     python tests/ablate.py --data_dir=data/demo --work=out/ablate --rows=default,loss=mse --seeds=2
 
 A run that is finished is not run again, so that the same command goes on where it stopped, and several machines or
-cores can share the rows (--seeds=1 --first_seed=2, --rows=…, all with one --work). The table has means over seeds and, in
-brackets, 95 % intervals of these means (Student's t). A loss cannot be compared across rows; retrieval, skill, STS-B, rank and
+cores can share the rows (--seeds=1 --first_seed=2, --rows=…, all with one --work, and in the end once more with all of them for
+the table). It has means over seeds and, in brackets, how far they are from the first row's, seed by seed, ± half of the 95 %
+interval (Student's t; over seeds alone, as all rows are measured on the same pairs; not corrected for the number of rows). A loss cannot be compared across rows; retrieval, skill, STS-B, rank and
 what a decoder makes of the concepts can. Writes tests/results/ablation.csv and ablation.png.
 """
 
@@ -121,8 +122,9 @@ def interval(values):
 def compared(found):
     """{row: {column: (mean, half of its 95 % interval, mean difference from the first row's, half of its interval)}}.
 
-    found: {row: [{column: number} of each seed]}. Differences are taken seed by seed: a seed draws the same start and the same
-    pairs to measure for every row, so that they are told apart where the means' intervals overlap.
+    found: {row: [{column: number} of each seed]}. Differences are taken seed by seed: a seed draws the same start for every row
+    (but where the predictor or hypotheses draw another number of weights before it), so that rows are told apart where the
+    means' intervals overlap.
     """
     first = next(iter(found.values()))
     return {name: {c: (*interval([r[c] for r in runs]), *interval([r[c] - f.get(c, np.nan) for r, f in zip(runs, first)]))

@@ -205,7 +205,8 @@ def test_the_copies_of_the_glue_are_equal():
     ('train_decoder.py', ['--eval_interval=0'], 'eval_interval=0'),
     ('train_decoder.py', ['--concept_blur=0.8', '--concept_dropout=0.5'], 'leave no sentence'),
     ('train_encoder.py', ['--device=True'], 'cuda'),
-    ('train_encoder.py', ['--init_from=resume', '--out_dir=nowhere'], 'no encoder'),
+    ('train_encoder.py', ['--init_from=resume'], 'no encoder'),
+    ('train_encoder.py', ['--init_from=resum'], "'scratch'"),
     ('train_decoder.py', ['--out_dir=nowhere'], 'train_encoder.py')])
 def test_mistakes_are_one_line(script, arguments, says, corpus_dir, tmp_path):
     given = ENCODER if 'encoder' in script else SMALL
@@ -214,6 +215,7 @@ def test_mistakes_are_one_line(script, arguments, says, corpus_dir, tmp_path):
     assert done.returncode == 1
     assert says in done.stderr
     assert 'Traceback' not in done.stderr
+    assert 'init_from' not in str(arguments) or not (tmp_path / 'new').exists()
 
 
 def test_documents_of_one_sentence_are_refused(tmp_path):
