@@ -479,7 +479,7 @@ try:
     predictions_are_sure = 0.0 if language_model else prediction_sure()
     stopped = run()
 except (OSError, ValueError) as error:  # a full disk; a sentence longer than block_size
-    stop(error)
+    stop(f'cannot write to {out_dir}: {error.strerror}' if getattr(error, 'strerror', '') else error)
 if ddp:
     dist.barrier()  # a rank that ended while another still talked to it has been seen to abort
     dist.destroy_process_group()
