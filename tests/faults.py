@@ -937,7 +937,7 @@ def main():
             print(' | '.join(row), flush=True)
         kept = [r for r in kept if r[0] != name] + rows
         with open(chosen.results, 'w', newline='') as f:
-            csv.writer(f).writerows([['part', 'what', 'times', 'result'], *sorted(kept, key=lambda r: list(PARTS).index(r[0]))])
+            csv.writer(f, lineterminator='\n').writerows([['part', 'what', 'times', 'result'], *sorted(kept, key=lambda r: list(PARTS).index(r[0]))])
 
 
 if __name__ == '__main__':
