@@ -923,25 +923,32 @@ class Corpus:
                 self._rows[key] = rows
             return self._rows[key]
 
+    def _visit(self, i, seed, packing):
+        """(rows, number) of the i-th shard of the endless run of epochs."""
+        epoch, place = divmod(i, len(self.shards))
+        k = self._shard_order(epoch, seed)[place]
+        return self._shard_rows(k, epoch, seed, packing), k
+
+    def _visits(self, enough, seed, packing):
+        """The global row at which each visit begins, of as many as are `enough`; kept: none is counted twice."""
+        with self._lock:
+            starts = self._starts.setdefault((seed, *packing), [0])
+            while not enough(starts):
+                rows, _ = self._visit(len(starts) - 1, seed, packing)
+                starts.append(starts[-1] + len(rows.starts) - 1)
+        return starts
+
     def rows_per_epoch(self, block_size, max_sentences, seed=0, prefix=0, epoch=0) -> int:
         """Number of rows of an epoch; it varies a little with the shuffle."""
-        packing = (block_size, max_sentences, prefix)
-        return sum(len(self._shard_rows(k, epoch, seed, packing).starts) - 1 for k in range(len(self.shards)))
+        n = len(self.shards)
+        starts = self._visits(lambda s: len(s) > (epoch + 1) * n, seed, (block_size, max_sentences, prefix))
+        return starts[(epoch + 1) * n] - starts[epoch * n]
 
     def _locate(self, row, seed, packing):
         """(rows of a shard, its number, place in it) of global row `row`."""
-        def visited(i):
-            """(rows, number) of the i-th shard of the endless run of epochs."""
-            epoch, place = divmod(i, len(self.shards))
-            k = self._shard_order(epoch, seed)[place]
-            return self._shard_rows(k, epoch, seed, packing), k
-        with self._lock:  # where each visit begins is kept: a late row is found as fast as an early one
-            starts = self._starts.setdefault((seed, *packing), [0])
-            while starts[-1] <= row:
-                rows, _ = visited(len(starts) - 1)
-                starts.append(starts[-1] + len(rows.starts) - 1)
-            i = bisect.bisect_right(starts, row) - 1
-        return *visited(i), row - starts[i]
+        starts = self._visits(lambda s: s[-1] > row, seed, packing)
+        i = bisect.bisect_right(starts, row) - 1
+        return *self._visit(i, seed, packing), row - starts[i]
 
     def batch(self, step, batch_size, block_size, max_sentences, seed=0, rank=0, world_size=1, prefix=0) -> dict:
         """Rows of whole sentences: int64 arrays 'tokens' (B, T), 'sentence' (B, T), 'document' (B, S).

@@ -6,8 +6,8 @@
 A run that is finished is not run again, so that the same command goes on where it stopped, and several machines or
 cores can share the rows (--seeds=1 --first_seed=2, --rows=…, all with one --work, and in the end once more with all of them for
 the table). It has means over seeds and, in brackets, how far they are from the first row's, seed by seed, ± half of the 95 %
-interval (Student's t; over seeds alone, as all rows are measured on the same pairs; not corrected for the number of rows). A loss cannot be compared across rows; retrieval, skill, STS-B, rank and
-what a decoder makes of the concepts can. Writes tests/results/ablation.csv and ablation.png.
+interval (Student's t; over seeds alone, as all rows are measured on the same pairs; not corrected for the number of rows). A loss
+cannot be compared across rows; retrieval, skill, STS-B, rank and what a decoder makes of the concepts can. Writes tests/results/ablation.csv and ablation.png.
 """
 
 import argparse
