@@ -82,10 +82,10 @@ def from_text(name: str, text: str, defaults: dict):
 
 def from_preset(path: str, defaults: dict) -> dict:
     """The settings that the Python file at `path` assigns."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no preset at '{path}': presets are config/<stage>_<name>.py")
     try:
         values = runpy.run_path(path)
-    except FileNotFoundError:
-        raise ValueError(f"no preset at '{path}': presets are config/<stage>_<name>.py") from None
     except Exception as error:  # the user's own code: any error is theirs
         raise ValueError(f"preset '{path}' does not run: {type(error).__name__}: {error}") from None
     given = {}
