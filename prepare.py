@@ -23,6 +23,7 @@ import lzma
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -33,6 +34,11 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, pairwise
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports ends without a traceback
+elif __name__ == '__mp_main__':
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in a worker it is the parent's affair
 
 import numpy as np
 import regex
@@ -62,11 +68,12 @@ BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}
 # gpt2's pattern for text without runs of white space
 GPT2_FOLDED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 SUFFIXES = ('tokens', 'sentences', 'documents')
+PATIENCE = 900  # seconds that another rank may be silent: a hub out of reach is tried for minutes
 MAX_DOCUMENT = 1 << 26  # bytes of a line, characters between separators: a longer one is cut, so that memory is bounded
 TOKENIZER_FILES = {'bpe': 'tokenizer.tiktoken', 'hf': 'tokenizer.json'}  # beside the arrays
 
 
-class Mistake(Exception):
+class Mistake(ValueError):
     """What the user can mend: printed as one line, exit code 1."""
 
 
@@ -329,14 +336,14 @@ def read_file(path, column, separator):
                 yield buffer
                 return
             for number, line in enumerate(iter(lambda: f.readline(MAX_DOCUMENT), b''), 1):
-                line = line.decode('utf-8', 'replace')
+                cut, line = len(line) == MAX_DOCUMENT, line.decode('utf-8', 'replace')
                 if kind == 'txt':
                     yield line
                 elif not line.isspace():
                     try:
                         record = json.loads(line)
                     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-                        said = 'it is too long' if len(line) == MAX_DOCUMENT else getattr(error, 'msg', str(error))
+                        said = 'it is too long' if cut else getattr(error, 'msg', str(error))
                         raise Mistake(f'{path}, line {number}: not JSON ({said})') from None
                     if not isinstance(record, dict):
                         raise Mistake(f'{path}, line {number}: expected an object with a field {column!r}')
@@ -357,22 +364,28 @@ def read_bible():
     yield from (' '.join(verses) for verses in chapters.values())
 
 
-def read_hub(s, rank, world_size, skip):
-    """Stream a data set of the hub through `datasets`, with bounded retries; goes on at the record it had reached."""
+def read_hub(s, rank, world_size, place):
+    """Stream a data set of the hub through `datasets`, with bounded retries.
+
+    place['state'] is kept up to date: with it another stream goes on after the last record given, without reading
+    what came before; None at the start.
+    """
     import datasets
     from datasets.distributed import split_dataset_by_node
-    done = failures = 0
+    failures = 0
     while True:
         try:
             stream = datasets.load_dataset(s['dataset'], s['dataset_config'] or None, split=s['dataset_split'],
                                            streaming=True)
             if world_size > 1:
                 stream = split_dataset_by_node(stream, rank=rank, world_size=world_size)
-            for record in stream.skip(skip + done) if skip + done else stream:
+            if place['state']:
+                stream.load_state_dict(place['state'])
+            for record in stream:
+                place['state'], failures = stream.state_dict(), 0
                 check_column(record, s['dataset'], s['text_column'])
                 text = record[s['text_column']]
                 yield text if isinstance(text, str) else None
-                done, failures = done + 1, 0
             return
         except Mistake:
             raise
@@ -401,8 +414,11 @@ def local_files(name):
     return paths
 
 
-def documents(s, rank=0, world_size=1, skip=0):
-    """This rank's documents, str or None, after the first `skip` of them; at most max_docs over all ranks."""
+def documents(s, rank=0, world_size=1, skip=0, place=None):
+    """This rank's documents, str or None, after the first `skip` of them; at most max_docs over all ranks.
+
+    `place`: of a stream of the hub after so many, as read_hub keeps it.
+    """
     limit = (s['max_docs'] - rank + world_size - 1) // world_size if s['max_docs'] else None
     name, paths = s['dataset'], local_files(s['dataset'])
     separator = s['doc_separator'].replace('\\n', '\n').replace('\\t', '\t')  # as a shell leaves them
@@ -415,7 +431,7 @@ def documents(s, rank=0, world_size=1, skip=0):
             if i % world_size == rank and i // world_size >= skip:
                 yield whole_characters(text)
         return
-    for i, text in enumerate(read_hub(s, rank, world_size, skip)):
+    for i, text in enumerate(read_hub(s, rank, world_size, place or {'state': None})):
         if limit is not None and skip + i >= limit:
             return
         yield whole_characters(text)
@@ -428,9 +444,10 @@ _encode = None
 
 
 def start_worker(spec, directory):
-    """Each process loads the tokenizer once; a Ctrl-C is the parent's affair, but it ends when the parent is killed."""
+    """Each process loads the tokenizer once; signals are the parent's affair, but it ends when the parent is killed."""
     global _encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole group it would end workers before the parent
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     _encode = load_tokenizer(spec, directory).encode
@@ -476,6 +493,9 @@ class Writer:
             if fresh and i:
                 f.write(np.zeros(1, np.int64).tobytes())
             elif not fresh:
+                if os.path.getsize(self.path(suffix)) < self.state['bytes'][i]:
+                    raise Mistake(f'{self.path(suffix)} is shorter than was noted: remove its folder, or choose '
+                                  'another --data_dir')
                 f.truncate(self.state['bytes'][i])
                 f.seek(0, os.SEEK_END)
             self.files.append(f)
@@ -529,28 +549,59 @@ def checksum(path):
     return value
 
 
+def write_text(path, text):
+    """Write a file whole or not at all, no more open to others than the one it replaces."""
+    try:
+        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, f'{path}.tmp')
+        os.replace(f'{path}.tmp', path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f'{path}.tmp')
+
+
 def write_json(path, value):
     """Write json whole or not at all."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
+    write_text(path, json.dumps(value, indent=1))
+
+
+def sealed(value: dict) -> dict:
+    """`value` with its checksum, for write_json; read_json looks at it."""
+    return value | {'crc32': zlib.crc32(json.dumps(value).encode())}
+
+
+def read_json(path, *keys) -> dict:
+    """What write_json wrote, without its checksum. Raises Mistake where it is damaged, or lacks one of the keys."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            value = json.load(f)
+        crc32 = value.pop('crc32', None)  # earlier sets have none
+        if crc32 not in (None, zlib.crc32(json.dumps(value).encode())):
+            raise ValueError('its checksum is another')
+        for key in keys:
+            value[key]
+        return value
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Mistake(f'{path} is damaged ({error}): prepare the set again, in a new --data_dir') from None
 
 
 def hold(path) -> int:
-    """Keep `path`, a folder or a file (made where there is none), to this process; the lock dies with it.
+    """Keep the file `path`, made where there is none, to this process; the lock dies with it.
 
     Returns what os.close gives it up by. Raises OSError, also where another process holds it.
     """
-    fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
         raise BlockingIOError(error.errno, 'another run is writing there') from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError:
+        print(f'{path}: no locks on this file system; see that no other run writes there', file=sys.stderr)
     return fd
 
 
@@ -579,15 +630,6 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
-def read_json(path):
-    """What write_json wrote."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except ValueError:
-        raise Mistake(f'{path} is damaged: remove its folder, or choose another --data_dir') from None
-
-
 def same_settings(old, new):
     """Stop where a set that is there was made with other settings."""
     for name in sorted(new.keys() - {'num_proc', 'hub_retries', 'data_dir'}):
@@ -613,8 +655,9 @@ def read_hf_tokenizer(name):
     raise Mistake(f'--tokenizer=hf:{name} has neither a separator nor an end-of-text token: choose another')
 
 
-def tokenizer_spec(s, make):
-    """Meta's entry for the tokenizer; `make` writes the file of one that has a file, otherwise it is there."""
+def tokenizer_spec(s, noted):
+    """Meta's entry for the tokenizer, and the file of one that has a file; `noted`: what it was when the set was begun,
+    None in the beginning. Raises Mistake where it is not the same any more."""
     directory, spec = s['data_dir'], {'name': s['tokenizer']}
     kind, _, name = s['tokenizer'].partition(':')
     content = None
@@ -624,12 +667,12 @@ def tokenizer_spec(s, make):
         content, spec['eos'] = read_hf_tokenizer(name)
     if kind in TOKENIZER_FILES:
         path = os.path.join(directory, TOKENIZER_FILES[kind])
-        if make:
+        if noted is None:
             if kind == 'bpe':
                 content, _ = train_bpe(s['tokenizer'], (t for t in documents(s) if t))
-            with open(path + '.tmp', 'w', encoding='utf-8') as f:
-                f.write(content)
-            os.replace(path + '.tmp', path)
+            write_text(path, content)
+        elif not os.path.exists(path) or checksum(path) != noted['crc32']:
+            raise Mistake(f'{path} is missing or damaged: remove the folder, or choose another --data_dir')
         with open(path, encoding='utf-8') as f:
             content = f.read()
     try:
@@ -641,7 +684,11 @@ def tokenizer_spec(s, make):
     ids = loaded.encode_batch(['The quick brown fox, 1234; naïve Ünïcode 你好.'])
     probe = json.dumps([loaded.n_vocab, [row.tolist() for row in ids]])
     digest = hashlib.sha256((probe + (content or '')).encode()).hexdigest()
-    return spec | {'n_vocab': loaded.n_vocab, 'sha256': digest} | ({'crc32': checksum(path)} if content else {})
+    spec |= {'n_vocab': loaded.n_vocab, 'sha256': digest} | ({'crc32': checksum(path)} if content else {})
+    if noted not in (None, spec):
+        raise Mistake(f"{directory} was begun with another '{s['tokenizer']}': remove the folder, or "
+                      'choose another --data_dir')
+    return spec
 
 
 def chunks(source, size=64, characters=1 << 22):
@@ -665,27 +712,25 @@ def prepare(s):
     if not 0 <= s['val_fraction'] < 1:
         raise Mistake(f"--val_fraction={s['val_fraction']}: expected a share from 0 to below 1")
     os.makedirs(directory, exist_ok=True)
-    if rank == 0:
-        hold(directory)
+    hold(os.path.join(directory, f'lock_{rank}'))
     meta_path = os.path.join(directory, 'meta.json')
     progress_path = os.path.join(directory, f'progress_{rank}.json')
     if os.path.exists(meta_path):
-        same_settings(read_json(meta_path)['settings'], s)
-        with contextlib.suppress(FileNotFoundError):  # killed between its last two acts
-            os.unlink(progress_path)
+        same_settings(read_json(meta_path, 'settings')['settings'], s)
+        forget(directory, rank)  # killed between its last two acts
         print(f'{directory} is complete already')
         return
     local_files(s['dataset'])  # a mistake in it is told before a tokenizer is made
-    progress = {'settings': s, 'world_size': world_size, 'read': 0, 'counts': {}, 'writers': {}, 'done': False}
+    progress = {'settings': s, 'world_size': world_size, 'tokenizer': None, 'read': 0, 'place': None, 'counts': {},
+                'writers': {}, 'done': False}
     if os.path.exists(progress_path):
-        progress = read_json(progress_path)
+        progress = read_json(progress_path, *progress)
         same_settings(progress['settings'] | {'ranks': progress['world_size']}, s | {'ranks': world_size})
         print(f"going on after {progress['read']:,} documents")
     first = os.path.join(directory, 'progress_0.json')  # the mark that the tokenizer is there
-    while rank and not os.path.exists(first):
-        time.sleep(0.2)
-    spec = tokenizer_spec(s, make=rank == 0 and not os.path.exists(first))
-    write_json(progress_path, progress)
+    noted = wait_for(first, 0)['tokenizer'] if rank else progress['tokenizer']
+    spec = progress['tokenizer'] = tokenizer_spec(s, noted)
+    write_json(progress_path, sealed(progress))
     dtype = np.uint16 if spec['n_vocab'] <= 2**16 else np.uint32
     writers = {k: Writer(directory, k, rank, world_size, progress['writers'].get(k))
                for k in ('train', 'val')}
@@ -697,11 +742,12 @@ def prepare(s):
 
     def save_progress():
         progress['writers'] = {k: w.flush() for k, w in writers.items()}
-        write_json(progress_path, progress)
+        write_json(progress_path, sealed(progress))
 
     def take():
         nonlocal saved
-        parts, counts, n = flying.popleft().result()
+        future, reached = flying.popleft()
+        parts, counts, n = future.result()
         with uninterrupted():  # what is written and what is noted stay one
             closed = False
             for split, part in parts.items():
@@ -711,7 +757,7 @@ def prepare(s):
                     closed = True
             for k, v in counts.items():
                 progress['counts'][k] = progress['counts'].get(k, 0) + v
-            progress['read'] += n
+            progress['read'], progress['place'] = progress['read'] + n, reached
             if closed or time.time() - saved > 30:
                 save_progress()
                 saved = time.time()
@@ -722,8 +768,10 @@ def prepare(s):
 
     try:
         if not progress['done']:
-            for chunk in chunks(documents(s, rank, world_size, progress['read'])):
-                flying.append(pool.submit(work, chunk, s['max_sentence_tokens'], s['val_fraction'], dtype))
+            place = {'state': progress['place']}
+            for chunk in chunks(documents(s, rank, world_size, progress['read'], place)):
+                future = pool.submit(work, chunk, s['max_sentence_tokens'], s['val_fraction'], dtype)
+                flying.append((future, place['state']))
                 if len(flying) > 4 * processes:  # bounded: memory stays flat whatever the corpus's size
                     take()
             while flying:
@@ -751,18 +799,37 @@ def prepare(s):
         finish(s, spec, np.dtype(dtype).name, world_size)
 
 
+def wait_for(path, rank, done=False) -> dict:
+    """The progress that `rank` writes to `path`, once it is there, and `done` if asked.
+
+    Raises Mistake where nothing changes for PATIENCE seconds: the rank may be lost with its machine.
+    """
+    seen, since = None, time.monotonic()
+    while True:
+        now = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+        if now and now != seen:
+            part = read_json(path, 'done')
+            if part['done'] or not done:
+                return part
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if time.monotonic() - since > PATIENCE:
+            raise Mistake(f'rank {rank} has noted nothing in {path} for {PATIENCE // 60} minutes: see what it says; '
+                          'the same command goes on')
+        time.sleep(0.2)
+
+
+def forget(directory, rank):
+    """Remove what a rank leaves of a set that is complete."""
+    for name in (f'progress_{rank}.json', f'lock_{rank}'):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, name))
+
+
 def finish(s, spec, dtype, world_size):
     """Wait for all ranks, write meta.json and print the summary."""
-    directory, parts = s['data_dir'], []
-    for r in range(world_size):
-        path = os.path.join(directory, f'progress_{r}.json')
-        while True:
-            if os.path.exists(path):
-                part = read_json(path)
-                if part['done']:
-                    break
-            time.sleep(0.2)
-        parts.append(part)
+    directory = s['data_dir']
+    parts = [wait_for(os.path.join(directory, f'progress_{r}.json'), r, done=True) for r in range(world_size)]
     splits = {}
     for split in ('train', 'val'):
         shards = sorted((e for p in parts for e in p['writers'][split]['shards']), key=lambda e: min(e['files']))
@@ -770,14 +837,14 @@ def finish(s, spec, dtype, world_size):
     counts = {k: sum(p['counts'].get(k, 0) for p in parts) for k in ('documents', 'characters', 'empty', 'no text')}
     if not splits['train']['sentences']:
         for r in range(world_size):
-            os.unlink(os.path.join(directory, f'progress_{r}.json'))
+            forget(directory, r)
         raise Mistake(f"no sentence found in '{s['dataset']}'"
                       + (' for training: lower --val_fraction' if splits['val']['sentences'] else ''))
     meta = {'format': FORMAT, 'source': s['dataset'], 'tokenizer': spec, 'dtype': dtype, 'splits': splits,
             'settings': s}
-    write_json(os.path.join(directory, 'meta.json'), meta | {'crc32': zlib.crc32(json.dumps(meta).encode())})
+    write_json(os.path.join(directory, 'meta.json'), sealed(meta))
     for r in range(world_size):
-        os.unlink(os.path.join(directory, f'progress_{r}.json'))
+        forget(directory, r)
     have = np.zeros(s['max_sentence_tokens'] + 1, dtype=np.int64)  # sentences of each length
     for name in (n for e in splits['train']['shards'] for n in e['files'] if n.endswith('.sentences')):
         have += np.bincount(np.diff(np.fromfile(os.path.join(directory, name), np.int64)), minlength=len(have))
@@ -829,7 +896,7 @@ class Rows:
         self.order = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes) + np.repeat(documents[shuffled], sizes)
         lengths = (np.diff(shard.sentences))[self.order] + prefix
         if lengths.max() > block_size:
-            raise ValueError(f'a sentence takes {lengths.max()} positions: block_size={block_size} is too small')
+            raise Mistake(f'a sentence takes {lengths.max()} positions: block_size={block_size} is too small')
         total = np.concatenate(([0], np.cumsum(lengths)))
         # one jump a row: as far as tokens and sentences allow
         reach = np.minimum(np.searchsorted(total, total[:-1] + block_size, side='right') - 1,
@@ -852,17 +919,12 @@ class Corpus:
         path = os.path.join(data_dir, 'meta.json')
         if not os.path.exists(path):
             raise FileNotFoundError(f"no prepared data in '{data_dir}': run prepare.py with --data_dir={data_dir}")
-        try:
-            with open(path, encoding='utf-8') as f:
-                self.meta = json.load(f)
-            crc32 = self.meta.pop('crc32', None)  # earlier sets have none
-            if crc32 not in (None, zlib.crc32(json.dumps(self.meta).encode())):
-                raise ValueError('its checksum is another')
-            said, version = self.meta['splits'][split], self.meta['format']
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f'{path} is damaged ({error}): prepare the set again, in a new --data_dir') from None
-        if version != FORMAT:
-            raise ValueError(f"{path} has format {version}, not {FORMAT}: prepare the set again")
+        self.meta = read_json(path, 'format', 'splits')
+        if self.meta['format'] != FORMAT:
+            raise ValueError(f"{path} has format {self.meta['format']}, not {FORMAT}: prepare the set again")
+        if split not in self.meta['splits']:
+            raise ValueError(f"{path} has no split '{split}': one of {', '.join(self.meta['splits'])}")
+        said = self.meta['splits'][split]
         self.data_dir, self.split = data_dir, split
         self.n_tokens, self.n_sentences, self.n_documents = (said[k] for k in SUFFIXES)
         if not self.n_sentences:
@@ -938,11 +1000,10 @@ class Corpus:
                 starts.append(starts[-1] + len(rows.starts) - 1)
         return starts
 
-    def rows_per_epoch(self, block_size, max_sentences, seed=0, prefix=0, epoch=0) -> int:
-        """Number of rows of an epoch; it varies a little with the shuffle."""
+    def rows_per_epoch(self, block_size, max_sentences, seed=0, prefix=0) -> int:
+        """Number of rows of the first epoch; others differ a little, with the shuffle."""
         n = len(self.shards)
-        starts = self._visits(lambda s: len(s) > (epoch + 1) * n, seed, (block_size, max_sentences, prefix))
-        return starts[(epoch + 1) * n] - starts[epoch * n]
+        return self._visits(lambda s: len(s) > n, seed, (block_size, max_sentences, prefix))[n]
 
     def _locate(self, row, seed, packing):
         """(rows of a shard, its number, place in it) of global row `row`."""

@@ -39,11 +39,12 @@ def parquet(texts):
 
 class Hub(ThreadingHTTPServer):
     """`files` maps paths in the repository to bytes; `failures` says how the first requests for a parquet file fail:
-    by a status, 'drop' in the middle of what it sends, or 'stall' there."""
+    by a status, 'drop' in the middle of what it sends, or 'stall' there; `gone` tells of which
+    files none comes at all."""
 
     def __init__(self, files, failures=()):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.files, self.failures, self.asked = files, list(failures), []
+        self.files, self.failures, self.asked, self.gone = files, list(failures), [], lambda name: False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -114,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def file(self, name):
         hub = self.server
-        if name not in hub.files:
+        if name not in hub.files or hub.gone(name):
             self.reply(404, b'', [('X-Error-Code', 'EntryNotFound'), ('X-Repo-Commit', COMMIT)])
             return
         data = hub.files[name]

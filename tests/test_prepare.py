@@ -246,9 +246,17 @@ def test_mistakes_stop_with_one_line(tmp_path, name, content, args, says):
     assert not os.path.exists(tmp_path / 'out' / 'meta.json')
 
 
-def test_a_hub_out_of_reach_says_so(tmp_path):
+@pytest.fixture
+def quick(tmp_path):
+    """Variables by which a script, and all that it uses, waits for nothing: the hub's client pauses between tries."""
+    (tmp_path / 'quick').mkdir()
+    (tmp_path / 'quick' / 'sitecustomize.py').write_text('import time\ntime.sleep = lambda seconds: None\n')
+    return {'PYTHONPATH': str(tmp_path / 'quick'), 'HF_HOME': str(tmp_path / 'hf')}
+
+
+def test_a_hub_out_of_reach_says_so(tmp_path, quick):
     done = run('prepare.py', f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--hub_retries=1',
-               check=False, HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path / 'cache'))
+               check=False, HF_ENDPOINT='http://127.0.0.1:9', **quick)
     assert done.returncode == 1
     assert '--dataset=web-bible' in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stderr
@@ -350,15 +358,72 @@ def documents_of(folder):
 
 
 @pytest.mark.parametrize('failures', [(), (500, 429, 'drop', 'stall', 500)])
-def test_fineweb_edu_is_streamed_from_the_hub(tmp_path, failures):
+def test_fineweb_edu_is_streamed_from_the_hub(tmp_path, quick, failures):
     """The defaults, as a user runs them, against the routes that the hub's client asks; also when some fail first."""
     with stand_in(failures) as server:
         run('prepare.py', f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--val_fraction=0.2',
-            HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DOWNLOAD_TIMEOUT='2')
+            HF_ENDPOINT=server.url, HF_HUB_DOWNLOAD_TIMEOUT='2', **quick)
         assert not server.failures
         assert any('sample/10BT/001' in path for path in server.asked)
         assert not any('data/CC' in path and 'resolve' in path for path in server.asked), 'sample-10BT only'
     assert documents_of(tmp_path / 'out') == sorted(HUB_TEXTS)
+
+
+HUB_AGAIN = '''
+import sys
+import datasets, prepare
+settings = {'dataset': prepare.dataset, 'dataset_config': prepare.dataset_config, 'dataset_split': 'train', 'text_column': 'text',
+            'hub_retries': 4}
+load, fail = datasets.load_dataset, iter([0, 7, 0, 0, 33, 50])  # records after which the stream breaks; 0: before the first
+
+def flaky(*a, **k):
+    stream, after = load(*a, **k), next(fail, 99)
+    if not after:
+        raise ConnectionError('no route')
+    whole = type(stream).__iter__
+    class Breaks(type(stream)):
+        def __iter__(self):
+            for i, record in enumerate(whole(self)):
+                if i == after:
+                    raise ConnectionError('reset')
+                yield record
+    stream.__class__ = Breaks
+    return stream
+datasets.load_dataset, prepare.time.sleep = flaky, lambda s: None
+place, texts = {'state': None}, []
+for text in prepare.read_hub(settings, 0, 1, place):
+    texts.append(text)
+    if len(texts) == 45:  # into the second file
+        break
+again = prepare.json.loads(prepare.json.dumps(place))
+texts += prepare.read_hub(settings, 0, 1, again)
+print(prepare.json.dumps(texts))
+sys.stdout.flush()
+prepare.os._exit(0)
+'''
+
+
+def test_a_broken_stream_goes_on_at_its_record(tmp_path):
+    """Tries beyond the client's own; and another process goes on from the place noted, not from the first file."""
+    with stand_in() as server:
+        done = run('-c', HUB_AGAIN, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'))
+    assert json.loads(done.stdout) == HUB_TEXTS
+
+
+def test_a_hub_that_was_lost_is_read_on_from_there(tmp_path):
+    arguments = [f'--data_dir={tmp_path}/out', '--tokenizer=bpe:300', '--num_proc=1', '--val_fraction=0.2', '--shard_tokens=100',
+                 '--hub_retries=1']
+    texts = [f'Document {i} begins here. It says {i * 7}.' for i in range(500)]
+    parts = {f'sample/10BT/{i:03}.parquet': hub.parquet(texts[a:b]) for i, (a, b) in enumerate([(0, 32), (32, 64), (64, 450), (450, 500)])}
+    with hub.Hub({'README.md': hub.CARD.encode(), 'data/CC/000.parquet': hub.parquet(['Wrong.']), **parts}) as server:
+        hub_of = {'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path / 'hf')}
+        server.gone = lambda name: '003' in name and (tmp_path / 'out' / 'tokenizer.tiktoken').exists()
+        assert 'cannot read' in run('prepare.py', *arguments, check=False, **hub_of).stderr
+        server.gone, server.asked[:] = lambda name: False, []
+        done = run('prepare.py', *arguments, **hub_of)
+        assert 'going on after 192 documents' in done.stdout
+        assert not any('resolve' in path and path.endswith('10BT/001.parquet') for path in server.asked)
+    assert documents_of(tmp_path / 'out') == sorted(texts)
 
 
 def test_a_missing_column_on_the_hub_is_named(tmp_path):
@@ -404,3 +469,58 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert names == sorted(f for f in os.listdir(tmp_path / 'out') if f != 'meta.json')
     for name in names:
         assert (tmp_path / 'whole' / name).read_bytes() == (tmp_path / 'out' / name).read_bytes(), name
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A set that a run left in the middle, and the arguments that go on with it."""
+    source = tmp_path / 'docs.jsonl'
+    source.write_text(''.join(json.dumps({'text': f'{t} ' * 200}) + '\n' for t in HUB_TEXTS * 25))
+    arguments = [f'--dataset={source}', '--tokenizer=bpe:300', '--num_proc=1', '--shard_tokens=100000', '--val_fraction=0.2',
+                 f'--data_dir={tmp_path}/out']
+    process = subprocess.Popen([sys.executable, 'prepare.py', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    while process.poll() is None and not (tmp_path / 'out' / 'train_000001.documents').exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    return tmp_path / 'out', arguments
+
+
+@pytest.mark.parametrize(('name', 'says'), [('progress_0.json', 'damaged'), ('tokenizer.tiktoken', 'tokenizer'),
+                                            ('.tmp', 'shorter than was noted')])
+def test_what_a_run_goes_on_from_is_looked_at(begun, name, says):
+    folder, arguments = begun
+    path = folder / name
+    if name == '.tmp':
+        path = max(folder.glob('*.tokens.tmp'), key=os.path.getsize)
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        content = path.read_bytes()
+        digit = next(i for i in range(len(content) // 2, len(content)) if content[i:i + 1].isdigit())
+        path.write_bytes(content[:digit] + (b'1' if content[digit:digit + 1] != b'1' else b'2') + content[digit + 1:])
+    done = run('prepare.py', *arguments, check=False)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not (folder / 'meta.json').exists()
+
+
+def test_each_rank_of_a_second_run_is_refused(begun):
+    folder, arguments = begun
+    fd = prepare.hold(folder / 'lock_1')  # as the first run's second rank
+    done = run('prepare.py', *arguments, check=False, RANK='1', WORLD_SIZE='2')
+    os.close(fd)
+    assert done.returncode == 1
+    assert 'another run is writing there' in done.stderr
+
+
+def test_a_silent_rank_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, 'PATIENCE', 0.3)
+    with pytest.raises(prepare.Mistake, match='rank 1 has noted nothing'):
+        prepare.wait_for(str(tmp_path / 'progress_1.json'), 1)
+    prepare.write_json(tmp_path / 'p.json', prepare.sealed({'done': False}))
+    assert not prepare.wait_for(str(tmp_path / 'p.json'), 1)['done']
+    with pytest.raises(prepare.Mistake, match='noted nothing'):
+        prepare.wait_for(str(tmp_path / 'p.json'), 1, done=True)
