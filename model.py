@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import zipfile
 from dataclasses import dataclass
 
@@ -1088,6 +1089,8 @@ def save_checkpoint(path, state: dict):
             torch.save({'format': FORMAT, **state}, f)
             f.flush()
             os.fsync(f.fileno())
+        if os.path.exists(path):
+            shutil.copymode(path, temporary)  # no more open to others than it was
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch's writer turns a full disk into a RuntimeError about positions
@@ -1110,17 +1113,24 @@ def load_checkpoint(path, kind, device='cpu') -> dict:
         raise FileNotFoundError(f"no {kind} at '{path}': train one with {script}, or give its out_dir")
     try:
         with zipfile.ZipFile(path) as z:
-            if z.testzip():  # torch.load looks at no checksum
+            # torch.load looks at no checksum, and reads another record's bytes where an attribute says 'folder'
+            if z.testzip() or any(record.external_attr for record in z.infolist()):
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location=device, weights_only=True)
-    except OSError:  # not ours to read: the file may be whole
-        raise
     except Exception as error:  # bytes that are not what they should be can raise anything
+        if isinstance(error, OSError) and error.filename:  # not ours to read: the file may be whole
+            raise
         raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}); "
                          f'use another, such as {kind}_best.pt beside it') from error
     if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:
         raise ValueError(f"'{path}' holds no {kind} of format {FORMAT}: give another, or train one with this version")
     return state
+
+
+def newest(path):
+    """`path`, a checkpoint; the best one beside it where there is only that, so that it is not overwritten."""
+    best = path.removesuffix('.pt') + '_best.pt'
+    return best if os.path.exists(best) and not os.path.exists(path) else path
 
 
 def checkpoint_to_resume(path, kind, settings, device) -> dict | None:
@@ -1142,14 +1152,21 @@ def checkpoint_to_resume(path, kind, settings, device) -> dict | None:
     return state
 
 
-def not_finite(model, losses, documents) -> str:
-    """In words, which gradients of `model` are not finite, and where its batch lies: `losses` (n,) of the micro-batches
-    of a step, documents(i) the documents of one."""
+def not_finite(model, sums, documents, what='loss') -> str:
+    """In words, which gradients of `model` are not finite, and where its batch lies: `sums` (n,), `what` is summed over
+    each of the micro-batches of a step, documents(i) the documents of one."""
     names = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    bad = (~losses.isfinite()).nonzero()[:, 0].tolist() or range(len(losses))
+    bad = (~sums.isfinite()).nonzero()[:, 0].tolist() or range(len(sums))
     named = f"that of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else 'none by itself'
-    return (f'loss {losses.sum():.3g}, gradients not finite: {named}; training documents '
+    return (f'{what} {sums.sum():.3g}, gradients not finite: {named}; training documents '
             f'{sorted(set().union(*map(documents, bad)))}')
+
+
+def settled(path) -> int:
+    """Bytes of the file `path`, on the disk when this returns: a checkpoint that counts them is not ahead of it."""
+    with open(path, 'rb') as f:
+        os.fsync(f.fileno())
+        return os.path.getsize(path)
 
 
 def fingerprint(jepa: JEPA) -> float:

@@ -645,3 +645,18 @@ def test_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match='train_decoder'):
         lib.load_checkpoint(str(tmp_path), 'decoder')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['encoder.pt']
+
+
+def test_no_flipped_bit_of_a_checkpoint_s_directory_is_taken(tmp_path):
+    """Of the zip archive's records, which no checksum covers: each is refused, or makes no difference."""
+    path = tmp_path / 'encoder.pt'
+    lib.save_checkpoint(path, {'kind': 'encoder', 'x': torch.ones(3)})
+    content = path.read_bytes()
+    begin, refused = content.index(b'PK\x01\x02'), 0
+    for bit in range(8 * begin, 8 * len(content)):
+        path.write_bytes(content[:bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1:])
+        try:
+            assert torch.equal(lib.load_checkpoint(str(path), 'encoder')['x'], torch.ones(3)), bit
+        except ValueError:  # other errors are none of load_checkpoint's
+            refused += 1
+    assert refused > 100
