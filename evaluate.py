@@ -1045,7 +1045,7 @@ if __name__ == '__main__':
     settings = override(globals(), limits={
         **dict.fromkeys(('eval_context', 'max_pairs', 'max_train_sentences', 'max_generated', 'max_scored', 'n_samples',
                          'batch_size', 'steps', 'num_samples', 'max_new_tokens'), (1, np.inf)),
-        **dict.fromkeys(('temperature', 'top_k', 'seed'), (0, np.inf)), 'top_p': (1e-6, 1)})
+        **dict.fromkeys(('temperature', 'top_k'), (0, np.inf)), 'top_p': (1e-6, 1), 'seed': (0, 2**32 - 1)})
     try:
         main()
     except (Mistake, OSError) as error:

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports ends without a traceback
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import model as lib
 from config import override
-from prepare import Corpus, hold, write_json
+from prepare import Corpus, Mistake, hold, write_json
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: override with a preset (config/decoder_*.py) and --name=value
@@ -79,10 +80,10 @@ seed = 1337
 settings = override(globals(), limits={
     **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
                      'n_embd', 'gradient_accumulation_steps', 'n_prefix'), (1, math.inf)),
-    **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
+    **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr',
                      'weight_decay', 'weight_decay_end', 'grad_clip', 'concept_noise'), (0, math.inf)),
     **dict.fromkeys(('dropout', 'concept_dropout', 'concept_blur'), (0, 1)),
-    **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999))})
+    **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999)), 'seed': (0, 2**32 - 1)})
 
 # ---------------------------------------------------------------------------------------------------------------
 # Setup: ranks, device, data
@@ -134,7 +135,8 @@ if ddp:
     if device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo',
+                            timeout=timedelta(minutes=10))  # a machine without power says no word
 master = rank == 0
 if dtype == 'auto':
     fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_avx512_bf16_supported()
@@ -204,20 +206,21 @@ checkpoint_path = os.path.join(out_dir, f'{kind}.pt')
 metrics_path = os.path.join(out_dir, f'metrics_{kind}.csv')
 if init_from not in ('scratch', 'resume'):
     stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
-if master and (init_from != 'resume' or os.path.exists(checkpoint_path)):  # no folder for a mistyped --out_dir
+newest_path, refused = lib.newest(checkpoint_path), ''
+if master and (init_from != 'resume' or os.path.exists(newest_path)):  # no folder for a mistyped --out_dir
     try:  # before the checkpoint is read, so that no other run writes one meanwhile
         os.makedirs(out_dir, exist_ok=True)
         hold(metrics_path)
     except OSError as error:
-        stop(f'cannot write to {out_dir}: {error.strerror}')
-if ddp:
-    dist.barrier()
+        refused = f'cannot write to {out_dir}: {error.strerror}'
+if all_sum(torch.tensor(len(refused))):
+    stop(refused) if refused else sys.exit(1)
 encoder_fingerprint = lib.fingerprint(jepa)
 if not math.isclose(all_sum(torch.tensor(encoder_fingerprint)).item() / world_size, encoder_fingerprint, rel_tol=1e-6):
     stop('ranks read different encoders: one is being trained or copied there')
 torch.manual_seed(seed)
 try:
-    state = lib.checkpoint_to_resume(checkpoint_path, kind, settings, device)
+    state = lib.checkpoint_to_resume(newest_path, kind, settings, device)
     model = lib.Decoder(lib.DecoderConfig(**architecture)).to(device)
 except (OSError, ValueError) as error:
     stop(error)
@@ -231,11 +234,12 @@ step, best_loss, metrics_bytes, seen_tokens = 0, math.inf, 0, 0
 if state:
     for name, value in architecture.items():
         if state['config'][name] != value and name != 'dropout':
-            stop(f'{checkpoint_path} was trained with {name}={state["config"][name]}, not {value}: '
+            stop(f'{newest_path} was trained with {name}={state["config"][name]}, not {value}: '
                  f'set it back, or train from scratch in another --out_dir')
     if not math.isclose(state['encoder_fingerprint'], encoder_fingerprint, rel_tol=1e-6):
-        stop(f'{checkpoint_path} was trained on another encoder: remove it, and train from scratch')
+        stop(f'{newest_path} was trained on another encoder: remove it, and train from scratch')
     if master:
+        print(f"going on from step {state['step']} of {newest_path}", flush=True)
         for name in sorted(settings.keys() & state['settings'].keys()):
             if settings[name] != state['settings'][name]:
                 print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
@@ -342,6 +346,9 @@ def evaluate():
     model.train()
     sums = all_sum(sums)
     given, shuffled, none = (sums[:3] / sums[3]).tolist()
+    if not math.isfinite(given):  # before a checkpoint is written
+        stop(f'step {step}: the validation loss is {given}. Checkpoints are older and whole; try a lower '
+             '--learning_rate')
     return {'val_loss': given, 'val_shuffled': shuffled, 'val_unconditional': none, 'val_information': none - given}
 
 
@@ -368,7 +375,7 @@ def save(name):
     lib.save_checkpoint(os.path.join(out_dir, name), {
         'kind': kind, 'config': asdict(model.config), 'model': model.state_dict(),
         'optimizer': optimizer.state_dict(), 'tokenizer': train_data.tokenizer_spec, 'settings': settings, 'step': step,
-        'best_loss': best_loss, 'metrics_bytes': os.path.getsize(metrics_path), 'seen_tokens': seen_tokens,
+        'best_loss': best_loss, 'metrics_bytes': lib.settled(metrics_path), 'seen_tokens': seen_tokens,
         'encoder_fingerprint': encoder_fingerprint, 'prediction_sure': predictions_are_sure})
 
 
@@ -382,12 +389,12 @@ if master:
 # ---------------------------------------------------------------------------------------------------------------
 # Loop
 
-def not_finite(step, parts):
-    """Stop a step whose loss or gradients are not finite, saying which and where; parts: losses of micro-batches."""
-    losses = torch.zeros(gradient_accumulation_steps, device=device)
-    losses[rank::world_size] = torch.stack(parts)
-    said = lib.not_finite(model, all_sum(losses), lambda i: train_data.documents_in(
-        step, **rows, seed=seed, rank=i, world_size=gradient_accumulation_steps))
+def not_finite(step, parts, what='loss'):
+    """Stop a step that is not finite, saying what and where; parts: the loss, or `what`, summed over micro-batches."""
+    sums = torch.zeros(gradient_accumulation_steps, device=device)
+    sums[rank::world_size] = torch.stack(parts)
+    said = lib.not_finite(model, all_sum(sums), lambda i: train_data.documents_in(
+        step, **rows, seed=seed, rank=i, world_size=gradient_accumulation_steps), what)
     stop(f'step {step}: {said}. Checkpoints are older and whole; try a lower --learning_rate')
 
 
@@ -477,8 +484,10 @@ first_step, interrupted = step, 0
 model.train()
 try:
     predictions_are_sure = 0.0 if language_model else prediction_sure()
+    if master and step and not os.path.exists(checkpoint_path):  # the best one was all there was
+        save(os.path.basename(checkpoint_path))
     stopped = run()
-except (OSError, ValueError) as error:  # a full disk; a sentence longer than block_size
+except (OSError, Mistake) as error:  # a full disk; a sentence longer than block_size
     stop(f'cannot write to {out_dir}: {error.strerror}' if getattr(error, 'strerror', '') else error)
 if ddp:
     dist.barrier()  # a rank that ended while another still talked to it has been seen to abort

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports ends without a traceback
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 import model as lib
 from config import override
-from prepare import Corpus, hold, write_json
+from prepare import Corpus, Mistake, hold, write_json
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: override with a preset (config/encoder_*.py) and --name=value
@@ -95,11 +96,11 @@ settings = override(globals(), limits={
     **dict.fromkeys(('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
                      'n_embd', 'gradient_accumulation_steps', 'predictor_layer', 'whiten_interval', 'hypotheses'),
                     (1, math.inf)),
-    **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr', 'seed',
+    **dict.fromkeys(('max_sentences', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'learning_rate', 'min_lr',
                      'weight_decay', 'weight_decay_end', 'grad_clip', 'reg_weight', 'fade', 'start_passes',
                      'start_tokens', 'embedding_lr_scale', 'predictor_lr_scale'), (0, math.inf)),
     **dict.fromkeys(('dropout', 'ema_start', 'ema_end', 'whiten_rate', 'whiten_floor'), (0, 1)),
-    **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999))})
+    **dict.fromkeys(('beta1', 'beta2'), (0, 0.99999)), 'seed': (0, 2**32 - 1)})
 
 # ---------------------------------------------------------------------------------------------------------------
 # Setup: ranks, device, data
@@ -153,7 +154,8 @@ if ddp:
     if device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo',
+                            timeout=timedelta(minutes=10))  # a machine without power says no word
 master = rank == 0
 if dtype == 'auto':
     fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_avx512_bf16_supported()
@@ -221,29 +223,30 @@ architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer'
                 'fade': fade, 'hypotheses': hypotheses}
 checkpoint_path = os.path.join(out_dir, 'encoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics.csv')
-if master and (init_from != 'resume' or os.path.exists(checkpoint_path)):  # no folder for a mistyped --out_dir
+newest_path, refused = lib.newest(checkpoint_path), ''
+if master and (init_from != 'resume' or os.path.exists(newest_path)):  # no folder for a mistyped --out_dir
     try:  # before the checkpoint is read, so that no other run writes one meanwhile
         os.makedirs(out_dir, exist_ok=True)
         hold(metrics_path)
     except OSError as error:
-        stop(f'cannot write to {out_dir}: {error.strerror}')
-if ddp:
-    dist.barrier()
+        refused = f'cannot write to {out_dir}: {error.strerror}'
+if all_sum(torch.tensor(len(refused))):
+    stop(refused) if refused else sys.exit(1)
 weights = None
 try:
-    state = lib.checkpoint_to_resume(checkpoint_path, 'encoder', settings, device)
+    state = lib.checkpoint_to_resume(newest_path, 'encoder', settings, device)
     if state:
         if state['config']['hf']:
             architecture |= {k: state['config'][k] for k in ('hf', 'n_layer', 'n_head', 'n_embd')}
         if state['tokenizer']['sha256'] != train_data.tokenizer_spec['sha256']:
-            stop(f'{checkpoint_path} was trained on data of another tokenizer than {data_dir}')
+            stop(f'{newest_path} was trained on data of another tokenizer than {data_dir}')
         for name, value in (('pooling', pooling), ('optimizer', optimizer)):
             if state['settings'][name] != value:
-                stop(f"{checkpoint_path} was trained with {name}='{state['settings'][name]}': set it back")
+                stop(f"{newest_path} was trained with {name}='{state['settings'][name]}': set it back")
         was = asdict(lib.JEPAConfig(**state['config']))  # entries that came later have their defaults
         for name, value in architecture.items():
             if was[name] != value and name != 'dropout':
-                stop(f'{checkpoint_path} was trained with {name}={was[name]}, not {value}: '
+                stop(f'{newest_path} was trained with {name}={was[name]}, not {value}: '
                      f'set it back, or train from scratch in another --out_dir')
     elif init_from.startswith('hf:'):  # n_layer, n_head and n_embd are the pretrained model's
         found, weights = lib.pretrained(init_from[3:], train_data.meta['tokenizer'])
@@ -272,6 +275,7 @@ if by_muon:
 step, best_mrr, metrics_bytes, seen_tokens, skipped = 0, -1.0, 0, 0, 0
 if state:
     if master:
+        print(f"going on from step {state['step']} of {newest_path}", flush=True)
         for name in sorted(settings.keys() & state['settings'].keys()):
             if settings[name] != state['settings'][name]:
                 print(f'resume: {name} is now {settings[name]!r}, was {state["settings"][name]!r}')
@@ -328,7 +332,7 @@ if not step and start_passes and not model.config.hf:
         return ([to_device(b) for b in micro_batches(i)] for i in range(n_start))
     try:
         table = lib.neighbour_embeddings(first_steps, model.token_weight, n_embd, start_passes, reduce=all_sum)
-    except ValueError as error:  # a sentence longer than block_size
+    except Mistake as error:  # a sentence longer than block_size
         stop(error)
     model.encoder.embedding.weight.data.copy_(table)
     model.target.embedding.weight.data.copy_(table)
@@ -341,7 +345,7 @@ if whiten and not model.whitening.steps:  # the space is whitened before the fir
         try:
             arrays = micro_batches(int(model.whitening.steps))
             batches = [to_device(b) for b in arrays]
-        except ValueError as error:  # a sentence longer than block_size
+        except Mistake as error:  # a sentence longer than block_size
             stop(error)
         with torch.no_grad(), autocast:
             zs = [target_means(t, s, d.shape[1], masks(s, d)[0]) for t, s, d in batches]
@@ -403,6 +407,9 @@ def evaluate():
     p, z, last, document, place = neighbours(train_data, max(eval_iters // 4, 1))
     mean, scale, copy_scale = z.mean(0), lib.fit_scale(p, z), lib.fit_scale(last, z)
     p, z, last, document, place = neighbours(val_data, eval_iters)
+    if all_sum((~(p.isfinite() & z.isfinite())).sum()):  # before a checkpoint is written
+        stop(f'step {step}: predictions or concepts of the validation split are not finite. Checkpoints are older and '
+             'whole; try a lower --learning_rate')
     rr, doc_rr, chance = reciprocal_ranks(p, z, document, place)
     copy_rr, doc_copy_rr, _ = reciprocal_ranks(last, z, document, place)
     other = torch.roll(torch.arange(len(z), device=z.device), len(z) // 2)
@@ -457,7 +464,7 @@ def save(name):
     lib.save_checkpoint(os.path.join(out_dir, name), {
         'kind': 'encoder', 'config': asdict(model.config), 'model': model.state_dict(),
         'optimizers': [o.state_dict() for o in optimizers], 'tokenizer': train_data.tokenizer_spec,
-        'settings': settings, 'step': step, 'best_mrr': best_mrr, 'metrics_bytes': os.path.getsize(metrics_path),
+        'settings': settings, 'step': step, 'best_mrr': best_mrr, 'metrics_bytes': lib.settled(metrics_path),
         'seen_tokens': seen_tokens, 'skipped': skipped})
 
 
@@ -467,12 +474,12 @@ if master and wandb_log:
 # ---------------------------------------------------------------------------------------------------------------
 # Loop
 
-def not_finite(step, parts):
-    """Stop a step whose loss or gradients are not finite, saying which and where; parts: losses of micro-batches."""
-    losses = torch.zeros(gradient_accumulation_steps, device=device)
-    losses[rank::world_size] = torch.stack(parts)
-    said = lib.not_finite(model, all_sum(losses), lambda i: train_data.documents_in(
-        step, **rows, seed=seed, rank=i, world_size=gradient_accumulation_steps))
+def not_finite(step, parts, what='loss'):
+    """Stop a step that is not finite, saying what and where; parts: the loss, or `what`, summed over micro-batches."""
+    sums = torch.zeros(gradient_accumulation_steps, device=device)
+    sums[rank::world_size] = torch.stack(parts)
+    said = lib.not_finite(model, all_sum(sums), lambda i: train_data.documents_in(
+        step, **rows, seed=seed, rank=i, world_size=gradient_accumulation_steps), what)
     stop(f'step {step}: {said}. Checkpoints are older and whole; try a lower --learning_rate')
 
 
@@ -530,6 +537,8 @@ def run():
             zs = [target_means(t, s, d.shape[1], own) for (t, s, d), (own, _) in zip(batches, views)]
         mean = measure(zs, arrays)[0] if whiten else None
         if whiten and step % whiten_interval == 0:
+            if not mean.isfinite().all():  # the same on all ranks
+                not_finite(step, [z.sum() for z in zs], "targets' sum")
             model.whitening.refresh()
         # counted on the CPU: the GPU is not waited for
         counts = [[int(lib.pairs(torch.from_numpy(b['document'])).sum()), (b['sentence'] >= 0).sum()] for b in arrays]
@@ -580,8 +589,10 @@ def run():
 first_step, interrupted = step, 0
 model.train()
 try:
+    if master and step and not os.path.exists(checkpoint_path):  # the best one was all there was
+        save(os.path.basename(checkpoint_path))
     stopped = run()
-except (OSError, ValueError) as error:  # a full disk; a sentence longer than block_size
+except (OSError, Mistake) as error:  # a full disk; a sentence longer than block_size
     stop(f'cannot write to {out_dir}: {error.strerror}' if getattr(error, 'strerror', '') else error)
 if ddp:
     dist.barrier()  # a rank that ended while another still talked to it has been seen to abort

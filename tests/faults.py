@@ -251,9 +251,12 @@ def resume(work, ranks=(1, 2), kinds=('encoder', 'decoder')):
                     wait_for_step(process, metrics, 9)
                     process.send_signal(signal.SIGTERM)
                     process.wait(60)
+                    assert n > 1 or process.returncode == 143
                     stopped = load_step(checkpoint)
                     assert 0 < stopped < 40, 'the run was over before the signal'
-                finish(start(*command))
+                    finish(start(*command), says=f'going on from step {stopped} of')
+                else:
+                    finish(start(*command))
             assert_same(checkpoint.replace(out, whole), checkpoint)
             assert table(metrics) == table(metrics.replace(out, whole))
             found.append(('resume', f'{kind}, {n} rank{"s" * (n > 1)}: stopped at step {stopped} of 40', 1,
@@ -271,7 +274,7 @@ def resume(work, ranks=(1, 2), kinds=('encoder', 'decoder')):
                 process.send_signal(signal.SIGTERM)
                 process.wait(60)
             else:
-                finish(process)
+                finish(process, says='going on from step')
         assert_same(checkpoint, checkpoint.replace(outs[0], outs[1]), close=True)
         tokens = [[r['tokens'] for r in table(f'{o}/metrics.csv')] for o in outs]
         assert tokens[0] == tokens[1]
@@ -299,15 +302,15 @@ def kills_train(work, kills=200, seed=0):
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['torch', 'model', 'prepare'])
     data, straight = undisturbed(work)
-    rng, done, runs, most, lengths = random.Random(seed), 0, 0, 0, {}
+    rng, done, runs, most, resumed, lengths = random.Random(seed), 0, 0, 0, 0, {}
     while done < kills:
         kind, out = ('encoder', 'encoder', 'decoder')[runs % 3], f'{work}/killed_{runs}'
         command, checkpoint, metrics = stage(kind, data, out, straight)
         here = 0
         while True:
-            began = time.time()
+            began, there = time.time(), os.path.exists(checkpoint) or os.path.exists(checkpoint.replace('.pt', '_best.pt'))
             if runs and rng.random() < 1 / 8:
-                process, delay = start(*command, stdout=subprocess.DEVNULL), rng.uniform(0, 4 + lengths.get(kind, 4))
+                process, delay = start(*command), rng.uniform(0, 4 + lengths.get(kind, 4))
             else:
                 process = context.Process(target=in_process, args=(f'{work}/kills.log', command))
                 process.start()
@@ -316,7 +319,10 @@ def kills_train(work, kills=200, seed=0):
             while time.time() < began + delay and poll() is None:
                 time.sleep(0.003)
             if poll() is not None:
-                assert poll() == 0, open(f'{work}/kills.log').read()
+                said = process.communicate()[0] if isinstance(process, subprocess.Popen) else open(f'{work}/kills.log').read()
+                assert poll() == 0, said
+                assert there == ('going on from step' in said), said  # and not all over again
+                resumed += there
                 lengths.setdefault(kind, time.time() - began)
                 break
             process.kill()
@@ -330,7 +336,8 @@ def kills_train(work, kills=200, seed=0):
         assert table(metrics) == table(metrics.replace(out, straight))
         assert not [f for f in os.listdir(out) if f.endswith('.tmp')]
         runs, most = runs + 1, max(most, here)
-    return [('kills', f'training, {runs} runs, up to {most} kills each', done, 'each run ends bit-identical to the undisturbed one')]
+    return [('kills', f'training, {runs} runs, up to {most} kills each', done,
+             f'each run ends bit-identical to the undisturbed one; {resumed} of the last starts went on from a checkpoint')]
 
 
 def kills_prepare(work, kills=100, seed=0):
@@ -392,14 +399,15 @@ def signals(work):
     process.send_signal(signal.SIGINT)
     finish(process, 130, 'stopped at once')
     found.append(('signals', 'a second SIGINT in a long step', 1, 'stopped at once, exit code 130'))
-    for script in ('train_encoder.py', 'train_decoder.py', 'prepare.py'):
-        for delay in (0.3, 0.6, 1.0):  # a Ctrl-C during the imports
-            process = start(script)
+    for script, delays in (('train_encoder.py', (0.3, 0.6, 1.0)), ('train_decoder.py', (0.3, 0.6, 1.0)), ('prepare.py', (0.1, 0.2, 0.3))):
+        for delay in delays:  # a Ctrl-C during the imports, or soon after
+            process = start(script, f'--data_dir={work}/signal_imports', *(source(f'{work}/straight') if script == 'prepare.py' else ()))
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             said = process.communicate()[0]
+            assert process.returncode in (-signal.SIGINT, 130), said
             assert 'Traceback' not in said, said
-    found.append(('signals', 'SIGINT during the imports', 9, 'no traceback'))
+    found.append(('signals', 'SIGINT during the imports', 9, 'ended by it, no traceback'))
     return found
 
 
@@ -426,7 +434,7 @@ def lost_rank(work, pauses=(0, 1, 2.5, 4, 7)):
     assert_same(f'{out[1]}/encoder.pt', f'{out[2]}/encoder.pt')
     assert table(f'{out[1]}/metrics.csv') == table(f'{out[2]}/metrics.csv')
     found.append(('ranks', 'torchrun --max-restarts: a rank killed again and again', len(pauses), 'went on by itself; bit-identical'))
-    # Ctrl-C reaches the ranks from the terminal and from torchrun: that is one, not two
+    # to torchrun's process group, as a terminal sends it; the ranks have sessions of their own, and hear of it from torchrun
     process = start(*torchrun([*commands[0], '--max_iters=100000', '--init_from=resume']), start_new_session=True)
     before = load_step(f'{out[0]}/encoder.pt')
     wait_for_step(process, f'{out[0]}/metrics.csv', before + 6)
@@ -525,8 +533,6 @@ def files(work, flips=3, seed=0):
     shutil.copytree(data, folder)
     before = prepare.Corpus(data, 'train').batch(0, 4, 128, 16)['tokens']
     for name in sorted(os.listdir(folder)):
-        if name == 'progress_0.json':
-            continue
         content = open(f'{folder}/{name}', 'rb').read()
         for how, harmed in [*harm(content), ('missing', None)]:
             os.unlink(f'{folder}/{name}')
@@ -644,23 +650,33 @@ def places(work):
 # ---------------------------------------------------------------------------------------------------------------
 # Numbers
 
-def numbers(work):
+# (rate, ranks, other settings, what the line says) of runs whose step 10 is not finite: after a step at 1e38 gradients are
+# not, after one at 1e15 weights still are, and what comes of them is not: met by the targets' mean if the space is
+# whitened there, or in an evaluation, before a checkpoint is written
+BROKEN = (('1e38', 1, '', 'training documents ['), ('1e38', 2, '', 'training documents ['),
+          ('1e15', 1, '--whiten_interval=1', 'training documents ['), ('1e15', 1, '--eval_interval=1', 'step 10: '))
+
+
+def numbers(work, broken=BROKEN):
     """Gradients that are not finite; batches in which no sentence has a next one."""
     data, straight = undisturbed(work)
     found = []
     for kind in ('encoder', 'decoder'):
         out = f'{work}/numbers'
         command, checkpoint, _ = stage(kind, data, out, straight)
-        finish(start(*command, '--max_iters=8'))
+        finish(start(*command, '--max_iters=9'))
         before = open(checkpoint, 'rb').read()
-        for ranks in (1, 2):
-            wrong = [*command, '--init_from=resume', '--learning_rate=1e38', '--warmup_iters=0', '--min_lr=1e38']
-            said = finish(start(*(wrong if ranks == 1 else torchrun(wrong))), 1, 'not finite')if ranks == 1 else \
-                start(*torchrun(wrong)).communicate()[0]
-            line = next(x for x in said.splitlines() if 'not finite' in x)
-            assert 'training documents [' in line, said
-            assert open(checkpoint, 'rb').read() == before
-        found.append(('numbers', f'{kind}: a rate of 1e38, 1 rank and 2', 2, 'stopped, checkpoint untouched: ' + line[:200]))
+        for rate, ranks, also, says in broken:
+            if kind == 'decoder' and 'whiten' in also:
+                continue
+            wrong = [*command, '--init_from=resume', f'--learning_rate={rate}', '--warmup_iters=0', f'--min_lr={rate}', *also.split()]
+            said = start(*(wrong if ranks == 1 else torchrun(wrong))).communicate()[0]
+            lines = [x for x in said.splitlines() if says in x and 'older and whole' in x]
+            assert lines, said
+            assert ranks > 1 or 'Traceback' not in said, said
+            assert open(checkpoint, 'rb').read() == before, said
+            found.append(('numbers', f'{kind}: a rate of {rate}, {ranks} rank{"s" * (ranks > 1)} {also}'.rstrip(), 1,
+                          'stopped, checkpoint untouched: ' + lines[0][:200]))
     folder = f'{work}/lonely'
     os.makedirs(folder)
     with open(f'{folder}/docs.jsonl', 'w') as f:
@@ -758,12 +774,15 @@ def fuzz(work, cases=100_000):
                 assert squeezed(''.join(found)) == squeezed(content.decode('utf-8', 'replace').replace(separator or '\n', ''))
 
     def raw(given_):
-        pack, content = given_
-        path = f'{folder}/y.{pack}'
+        ending, content, make = given_
+        path = f'{folder}/y.{ending}'
         with open(path, 'wb') as f:
-            f.write(content)
-        with contextlib.suppress(prepare.Mistake):
+            f.write(make(content) if make else content)
+        try:
             list(prepare.read_file(path, 'text', ''))
+            assert not make, 'half an archive was taken for whole'
+        except prepare.Mistake:
+            pass
 
     def records(rows):
         path = f'{folder}/z.jsonl'
@@ -782,8 +801,11 @@ def fuzz(work, cases=100_000):
         else:  # cut short
             with open(path, 'r+b') as f:
                 f.truncate(flip % os.path.getsize(path))
-            with contextlib.suppress(prepare.Mistake):
+            try:
                 list(prepare.read_file(path, 'text', ''))
+            except prepare.Mistake:
+                return
+            raise AssertionError('half a file was taken for whole')
 
     def setting(arguments):
         names = {'rate': 0.1, 'steps': 10, 'name': 'a', 'fast': True, 'compile': 'auto', '__file__': __file__}
@@ -795,18 +817,30 @@ def fuzz(work, cases=100_000):
             assert 1 <= names['steps'] <= 100 and 0 <= names['rate'] <= 1
 
     whole = st.text(st.characters(exclude_categories=['Cs']))
-    value = st.one_of(text, st.none(), st.integers(), st.floats(allow_nan=False), st.lists(st.none(), max_size=3), st.dictionaries(whole, st.booleans(), max_size=2))
+    value = st.one_of(text, st.none(), st.integers(), st.floats(allow_nan=False), st.lists(st.none(), max_size=3),
+                      st.dictionaries(whole, st.booleans(), max_size=2))
     number = st.floats(width=32)
-    argument = st.one_of(st.text(), st.builds('--{}={}'.format, st.sampled_from(['rate', 'steps', 'name', 'fast', 'compile', 'x']), st.one_of(st.text(), st.integers().map(str), st.floats().map(str), st.just('9' * 5000))),
-                         st.sampled_from(['a.py', '--', '--=', '\0.py', '--rate', '/.py', '--a\nb=1'])).filter(lambda a: a not in ('-h', '--help'))
-    share = {sentences: (0.3, text), tokens: (0.15, st.lists(text.map(prepare.whole_characters), max_size=4)), read: (0.15, st.tuples(
-        st.sampled_from(['txt', 'jsonl']), st.sampled_from(['', '.gz', '.xz']), st.one_of(st.binary(), text.map(lambda x: x.encode('utf-8', 'surrogatepass'))), st.sampled_from(['', '\n\n', '<sep>']))),
-        raw: (0.08, st.tuples(st.sampled_from(['txt.gz', 'jsonl.xz', 'parquet', 'txt.zst', 'jsonl']), st.one_of(
-            st.binary(), st.binary().map(lambda b: gzip.compress(b)[:-4]), st.binary().map(lambda b: lzma.compress(b)[:-4]), st.binary().map(lambda b: b'PAR1' + b + b'PAR1')))),
-        records: (0.1, st.lists(value, max_size=5)), parquet: (0.07, st.tuples(st.one_of(
-            st.lists(st.one_of(st.none(), whole), max_size=5), st.lists(st.integers(-9, 9), max_size=5), st.lists(st.lists(whole, max_size=2), max_size=3),
-            st.lists(st.fixed_dictionaries({'a': whole}), min_size=1, max_size=3), st.lists(st.binary(), max_size=4)), st.one_of(st.none(), st.integers(0, 5000)))),
-        setting: (0.13, st.lists(argument, max_size=4)), encode: (0.01, st.lists(text, max_size=4)),
+    name = st.sampled_from(['rate', 'steps', 'name', 'fast', 'compile', 'x'])
+    given_as = st.one_of(st.text(), st.integers().map(str), st.floats().map(str), st.just('9' * 5000))
+    odd = st.sampled_from(['a.py', '--', '--=', '\0.py', '--rate', '/.py', '--a\nb=1'])
+    argument = st.one_of(st.text(), st.builds('--{}={}'.format, name, given_as), odd).filter(lambda a: a not in ('-h', '--help'))
+    encoded = text.map(lambda x: x.encode('utf-8', 'surrogatepass'))
+    archives = st.one_of(*(st.tuples(st.just(ending), st.binary(), st.just(make)) for ending, make in (
+        ('txt.gz', lambda b: gzip.compress(b)[:-4]), ('jsonl.xz', lambda b: lzma.compress(b)[:-4]), ('parquet', lambda b: b'PAR1' + b + b'PAR1'))))
+    bytes_ = st.tuples(st.sampled_from(['txt.gz', 'jsonl.xz', 'parquet', 'txt.zst', 'jsonl']), st.binary(), st.none())
+    columns = st.one_of(st.lists(st.one_of(st.none(), whole), max_size=5), st.lists(st.integers(-9, 9), max_size=5),
+                        st.lists(st.lists(whole, max_size=2), max_size=3), st.lists(st.binary(), max_size=4),
+                        st.lists(st.fixed_dictionaries({'a': whole}), min_size=1, max_size=3))
+    share = {  # of the cases
+        sentences: (0.3, text),
+        tokens: (0.15, st.lists(text.map(prepare.whole_characters), max_size=4)),
+        read: (0.15, st.tuples(st.sampled_from(['txt', 'jsonl']), st.sampled_from(['', '.gz', '.xz']), st.one_of(st.binary(), encoded),
+                               st.sampled_from(['', '\n\n', '<sep>']))),
+        raw: (0.08, st.one_of(archives, bytes_)),
+        records: (0.1, st.lists(value, max_size=5)),
+        parquet: (0.07, st.tuples(columns, st.one_of(st.none(), st.integers(0, 5000)))),
+        setting: (0.13, st.lists(argument, max_size=4)),
+        encode: (0.01, st.lists(text, max_size=4)),
         generate: (0.01, st.tuples(st.lists(number, max_size=3), st.floats(0, 1e6), st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1)))}
     found = []
     for check, (part, strategy) in share.items():

@@ -45,6 +45,10 @@ def test_one_run_a_folder(work):
     told(faults.places(work))
 
 
+def test_ruined_weights_are_not_saved(work):
+    told(faults.numbers(work, faults.BROKEN[-1:]))
+
+
 def test_bad_input(work):
     pytest.importorskip('hypothesis', reason='optional: pip install -r tests/requirements.txt')
     told(faults.fuzz(work, cases=300))

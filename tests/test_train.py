@@ -71,7 +71,7 @@ def test_resume_is_exact(straight, corpus_dir, tmp_path):
     assert code == 143, said
     assert 'the same command goes on' in said
     assert 0 < lib.load_checkpoint(out, 'encoder')['step'] < 20
-    run('train_encoder.py', *encoder)
+    assert 'going on from step' in run('train_encoder.py', *encoder).stdout
     a, b = weights(f'{straight}/encoder.pt'), weights(f'{out}/encoder.pt')
     assert_equal(a, b)
     for i, state in a['optimizers'][0]['state'].items():
@@ -81,7 +81,7 @@ def test_resume_is_exact(straight, corpus_dir, tmp_path):
     decoder = [f'--out_dir={out}', *SMALL]
     code, said = interrupt_after(5, os.path.join(ROOT, 'train_decoder.py'), *decoder)
     assert code == 143, said
-    run('train_decoder.py', *decoder)
+    assert 'going on from step' in run('train_decoder.py', *decoder).stdout
     assert rows(f'{straight}/metrics_decoder.csv') == rows(f'{out}/metrics_decoder.csv')
     assert_equal(weights(f'{straight}/decoder.pt'), weights(f'{out}/decoder.pt'))
 
@@ -181,7 +181,7 @@ def test_the_copies_of_the_glue_are_equal():
     """Functions that stand in both training scripts are to stay the same."""
     def functions(script):
         text = open(os.path.join(ROOT, script)).read()
-        return [text[text.index(f'def {name}('):].split('\n\n\n')[0] for name in ('lr_at', 'on_signal', 'on_error', 'to_device', 'micro_batches', 'not_finite')]
+        return [text[text.index(f'def {name}('):].split('\n\n\n')[0] for name in ('lr_at', 'on_signal', 'on_error', 'to_device', 'micro_batches', 'all_sum', 'not_finite')]
     assert functions('train_encoder.py') == functions('train_decoder.py')
 
 
@@ -238,6 +238,20 @@ def test_a_resumed_run_keeps_its_pooling_and_takes_new_rates(straight, corpus_di
     groups = lib.load_checkpoint(f'{tmp_path}/out', 'encoder')['optimizers'][0]['param_groups']
     assert {g['scale'] for g in groups} == {7.0, 1.0, 0.1}
     assert all(g['betas'][0] == 0.8 for g in groups)
+
+
+def test_the_best_checkpoint_serves_where_the_newest_is_gone(straight, corpus_dir, tmp_path):
+    import shutil
+    shutil.copytree(straight, tmp_path / 'out')
+    for kind in ('encoder', 'decoder'):
+        os.unlink(tmp_path / 'out' / f'{kind}.pt')
+    best = lib.load_checkpoint(tmp_path / 'out' / 'encoder_best.pt', 'encoder')['step']
+    said = run('train_encoder.py', f'--data_dir={corpus_dir}', f'--out_dir={tmp_path}/out', *ENCODER, '--init_from=resume').stdout
+    assert f'going on from step {best} of {tmp_path}/out/encoder_best.pt' in said
+    said = run('train_decoder.py', f'--out_dir={tmp_path}/out', *SMALL, '--init_from=resume').stdout
+    assert 'decoder_best.pt' in said
+    for kind in ('encoder', 'decoder'):
+        assert_equal(weights(f'{straight}/{kind}.pt'), weights(tmp_path / 'out' / f'{kind}.pt'))
 
 
 def test_nothing_is_overwritten(straight, corpus_dir):
