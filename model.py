@@ -10,6 +10,7 @@ A row comes from prepare.Corpus: `tokens` (B, T), `sentence` (B, T) the sentence
 """
 
 import copy
+import errno
 import inspect
 import json
 import math
@@ -1118,10 +1119,10 @@ def load_checkpoint(path, kind, device='cpu') -> dict:
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # bytes that are not what they should be can raise anything
-        if isinstance(error, OSError) and error.filename:  # not ours to read: the file may be whole
-            raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a seek to nowhere is damage
+            raise  # not ours to read, or a disk that fails: the file may be whole
         raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}); "
-                         f'use another, such as {kind}_best.pt beside it') from error
+                         f'use another: {kind}.pt or {kind}_best.pt beside it') from error
     if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:
         raise ValueError(f"'{path}' holds no {kind} of format {FORMAT}: give another, or train one with this version")
     return state
@@ -1155,11 +1156,12 @@ def checkpoint_to_resume(path, kind, settings, device) -> dict | None:
 def not_finite(model, sums, documents, what='loss') -> str:
     """In words, which gradients of `model` are not finite, and where its batch lies: `sums` (n,), `what` is summed over
     each of the micro-batches of a step, documents(i) the documents of one."""
-    names = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    names = [n for n, g in gradients.items() if not g.isfinite().all()]
     bad = (~sums.isfinite()).nonzero()[:, 0].tolist() or range(len(sums))
     named = f"that of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else 'none by itself'
-    return (f'{what} {sums.sum():.3g}, gradients not finite: {named}; training documents '
-            f'{sorted(set().union(*map(documents, bad)))}')
+    return (f'{what} {sums.sum():.3g}' + (f', gradients not finite: {named}' if gradients else '')
+            + f'; training documents {sorted(set().union(*map(documents, bad)))}')
 
 
 def settled(path) -> int:

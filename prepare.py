@@ -10,6 +10,13 @@ tokenizer.json (of hf:), and per shard three arrays: {train,val}_000000.tokens, 
 int64 offsets into tokens; .documents, int64 offsets into sentences.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports ends without a traceback
+elif __name__ == '__mp_main__':
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in a worker it is the parent's affair
+
 import base64
 import bisect
 import codecs
@@ -24,7 +31,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -34,11 +40,6 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, pairwise
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports ends without a traceback
-elif __name__ == '__mp_main__':
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in a worker it is the parent's affair
 
 import numpy as np
 import regex
@@ -68,7 +69,7 @@ BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}
 # gpt2's pattern for text without runs of white space
 GPT2_FOLDED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 SUFFIXES = ('tokens', 'sentences', 'documents')
-PATIENCE = 900  # seconds that another rank may be silent: a hub out of reach is tried for minutes
+PATIENCE = 900  # seconds without a sign of life after which another rank counts as lost; it gives one a minute
 MAX_DOCUMENT = 1 << 26  # bytes of a line, characters between separators: a longer one is cut, so that memory is bounded
 TOKENIZER_FILES = {'bpe': 'tokenizer.tiktoken', 'hf': 'tokenizer.json'}  # beside the arrays
 
@@ -368,7 +369,7 @@ def read_hub(s, rank, world_size, place):
     """Stream a data set of the hub through `datasets`, with bounded retries.
 
     place['state'] is kept up to date: with it another stream goes on after the last record given, without reading
-    what came before; None at the start.
+    the files before; None at the start.
     """
     import datasets
     from datasets.distributed import split_dataset_by_node
@@ -638,6 +639,15 @@ def same_settings(old, new):
                           f'set it back, remove the folder, or choose another --data_dir')
 
 
+def same_run(old, new):
+    """`old`, the progress of a rank, where it is of the run that `new` is of; otherwise it stops."""
+    if new.keys() - old.keys():
+        raise Mistake(f"{new['settings']['data_dir']} was begun by an earlier version: finish it with that, or choose "
+                      'another --data_dir')
+    same_settings(old['settings'] | {'ranks': old['world_size']}, new['settings'] | {'ranks': new['world_size']})
+    return old
+
+
 def read_hf_tokenizer(name):
     """(json of the fast tokenizer, id that ends a sentence) of a Hugging Face name or folder."""
     try:
@@ -712,9 +722,10 @@ def prepare(s):
     if not 0 <= s['val_fraction'] < 1:
         raise Mistake(f"--val_fraction={s['val_fraction']}: expected a share from 0 to below 1")
     os.makedirs(directory, exist_ok=True)
-    hold(os.path.join(directory, f'lock_{rank}'))
     meta_path = os.path.join(directory, 'meta.json')
     progress_path = os.path.join(directory, f'progress_{rank}.json')
+    if not os.path.exists(meta_path):  # a complete set is looked at only
+        threading.Thread(target=beat, args=[hold(os.path.join(directory, f'lock_{rank}'))], daemon=True).start()
     if os.path.exists(meta_path):
         same_settings(read_json(meta_path, 'settings')['settings'], s)
         forget(directory, rank)  # killed between its last two acts
@@ -724,11 +735,11 @@ def prepare(s):
     progress = {'settings': s, 'world_size': world_size, 'tokenizer': None, 'read': 0, 'place': None, 'counts': {},
                 'writers': {}, 'done': False}
     if os.path.exists(progress_path):
-        progress = read_json(progress_path, *progress)
-        same_settings(progress['settings'] | {'ranks': progress['world_size']}, s | {'ranks': world_size})
+        progress = same_run(read_json(progress_path), progress)
         print(f"going on after {progress['read']:,} documents")
-    first = os.path.join(directory, 'progress_0.json')  # the mark that the tokenizer is there
-    noted = wait_for(first, 0)['tokenizer'] if rank else progress['tokenizer']
+    noted = progress['tokenizer']
+    if rank:  # the first one makes the tokenizer
+        noted = same_run(wait_for(directory, 0), progress)['tokenizer']
     spec = progress['tokenizer'] = tokenizer_spec(s, noted)
     write_json(progress_path, sealed(progress))
     dtype = np.uint16 if spec['n_vocab'] <= 2**16 else np.uint32
@@ -799,37 +810,45 @@ def prepare(s):
         finish(s, spec, np.dtype(dtype).name, world_size)
 
 
-def wait_for(path, rank, done=False) -> dict:
-    """The progress that `rank` writes to `path`, once it is there, and `done` if asked.
+def beat(lock):
+    """Give a sign of life once a minute: the time of the file that this rank holds."""
+    while True:
+        os.utime(lock)
+        time.sleep(60)
 
-    Raises Mistake where nothing changes for PATIENCE seconds: the rank may be lost with its machine.
+
+def wait_for(directory, rank, done=False) -> dict:
+    """The progress that `rank` notes, once it is there, and `done` if asked.
+
+    Raises Mistake where its lock shows no sign of life for PATIENCE seconds: it may be lost with its machine.
     """
+    path, lock = (os.path.join(directory, name) for name in (f'progress_{rank}.json', f'lock_{rank}'))
     seen, since = None, time.monotonic()
     while True:
-        now = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-        if now and now != seen:
+        if os.path.exists(path):
             part = read_json(path, 'done')
             if part['done'] or not done:
                 return part
+        now = os.stat(lock).st_mtime_ns if os.path.exists(lock) else 0
         if now != seen:
             seen, since = now, time.monotonic()
         if time.monotonic() - since > PATIENCE:
-            raise Mistake(f'rank {rank} has noted nothing in {path} for {PATIENCE // 60} minutes: see what it says; '
-                          'the same command goes on')
+            raise Mistake(f'rank {rank} has given no sign of life in {directory} for {PATIENCE // 60} minutes: see '
+                          'what it says; the same command goes on')
         time.sleep(0.2)
 
 
 def forget(directory, rank):
     """Remove what a rank leaves of a set that is complete."""
     for name in (f'progress_{rank}.json', f'lock_{rank}'):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(os.path.join(directory, name))
 
 
 def finish(s, spec, dtype, world_size):
     """Wait for all ranks, write meta.json and print the summary."""
     directory = s['data_dir']
-    parts = [wait_for(os.path.join(directory, f'progress_{r}.json'), r, done=True) for r in range(world_size)]
+    parts = [wait_for(directory, r, done=True) for r in range(world_size)]
     splits = {}
     for split in ('train', 'val'):
         shards = sorted((e for p in parts for e in p['writers'][split]['shards']), key=lambda e: min(e['files']))

@@ -206,8 +206,8 @@ checkpoint_path = os.path.join(out_dir, f'{kind}.pt')
 metrics_path = os.path.join(out_dir, f'metrics_{kind}.csv')
 if init_from not in ('scratch', 'resume'):
     stop(f"--init_from={init_from}: expected 'scratch' or 'resume'")
-newest_path, refused = lib.newest(checkpoint_path), ''
-if master and (init_from != 'resume' or os.path.exists(newest_path)):  # no folder for a mistyped --out_dir
+refused = ''
+if master and (init_from != 'resume' or os.path.exists(lib.newest(checkpoint_path))):  # none for a mistyped --out_dir
     try:  # before the checkpoint is read, so that no other run writes one meanwhile
         os.makedirs(out_dir, exist_ok=True)
         hold(metrics_path)
@@ -215,6 +215,7 @@ if master and (init_from != 'resume' or os.path.exists(newest_path)):  # no fold
         refused = f'cannot write to {out_dir}: {error.strerror}'
 if all_sum(torch.tensor(len(refused))):
     stop(refused) if refused else sys.exit(1)
+newest_path = lib.newest(checkpoint_path)
 encoder_fingerprint = lib.fingerprint(jepa)
 if not math.isclose(all_sum(torch.tensor(encoder_fingerprint)).item() / world_size, encoder_fingerprint, rel_tol=1e-6):
     stop('ranks read different encoders: one is being trained or copied there')
@@ -237,7 +238,8 @@ if state:
             stop(f'{newest_path} was trained with {name}={state["config"][name]}, not {value}: '
                  f'set it back, or train from scratch in another --out_dir')
     if not math.isclose(state['encoder_fingerprint'], encoder_fingerprint, rel_tol=1e-6):
-        stop(f'{newest_path} was trained on another encoder: remove it, and train from scratch')
+        stop(f'{newest_path} was trained on another encoder: remove {kind}.pt and {kind}_best.pt, and '
+             'train from scratch')
     if master:
         print(f"going on from step {state['step']} of {newest_path}", flush=True)
         for name in sorted(settings.keys() & state['settings'].keys()):

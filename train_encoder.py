@@ -223,8 +223,8 @@ architecture = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer'
                 'fade': fade, 'hypotheses': hypotheses}
 checkpoint_path = os.path.join(out_dir, 'encoder.pt')
 metrics_path = os.path.join(out_dir, 'metrics.csv')
-newest_path, refused = lib.newest(checkpoint_path), ''
-if master and (init_from != 'resume' or os.path.exists(newest_path)):  # no folder for a mistyped --out_dir
+refused = ''
+if master and (init_from != 'resume' or os.path.exists(lib.newest(checkpoint_path))):  # none for a mistyped --out_dir
     try:  # before the checkpoint is read, so that no other run writes one meanwhile
         os.makedirs(out_dir, exist_ok=True)
         hold(metrics_path)
@@ -232,6 +232,7 @@ if master and (init_from != 'resume' or os.path.exists(newest_path)):  # no fold
         refused = f'cannot write to {out_dir}: {error.strerror}'
 if all_sum(torch.tensor(len(refused))):
     stop(refused) if refused else sys.exit(1)
+newest_path = lib.newest(checkpoint_path)
 weights = None
 try:
     state = lib.checkpoint_to_resume(newest_path, 'encoder', settings, device)
@@ -537,7 +538,7 @@ def run():
             zs = [target_means(t, s, d.shape[1], own) for (t, s, d), (own, _) in zip(batches, views)]
         mean = measure(zs, arrays)[0] if whiten else None
         if whiten and step % whiten_interval == 0:
-            if not mean.isfinite().all():  # the same on all ranks
+            if not model.whitening.cov.isfinite().all():  # the same on all ranks
                 not_finite(step, [z.sum() for z in zs], "targets' sum")
             model.whitening.refresh()
         # counted on the CPU: the GPU is not waited for

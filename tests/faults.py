@@ -399,7 +399,7 @@ def signals(work):
     process.send_signal(signal.SIGINT)
     finish(process, 130, 'stopped at once')
     found.append(('signals', 'a second SIGINT in a long step', 1, 'stopped at once, exit code 130'))
-    for script, delays in (('train_encoder.py', (0.3, 0.6, 1.0)), ('train_decoder.py', (0.3, 0.6, 1.0)), ('prepare.py', (0.1, 0.2, 0.3))):
+    for script, delays in (('train_encoder.py', (0.3, 0.6, 1.0)), ('train_decoder.py', (0.3, 0.6, 1.0)), ('prepare.py', (0.25, 0.4, 0.6))):
         for delay in delays:  # a Ctrl-C during the imports, or soon after
             process = start(script, f'--data_dir={work}/signal_imports', *(source(f'{work}/straight') if script == 'prepare.py' else ()))
             time.sleep(delay)
@@ -625,6 +625,9 @@ def places(work):
     first = start(*command, '--max_iters=100000', preexec_fn=lambda: os.umask(0o077))
     wait_for_step(first, metrics, 6)
     line = clear(start(*command, '--max_iters=100000'), 'another run is writing there')
+    said = start(*torchrun([*command, '--max_iters=100000'])).communicate()[0]  # the one that knows says so, none hangs
+    assert 'another run is writing there' in said, said
+    assert 'gone or out of reach' not in said, said
     first.send_signal(signal.SIGTERM)
     finish(first, 143)
     modes = {f: oct(os.stat(f'{out}/{f}').st_mode & 0o777) for f in os.listdir(out)}
@@ -651,7 +654,7 @@ def places(work):
 # Numbers
 
 # (rate, ranks, other settings, what the line says) of runs whose step 10 is not finite: after a step at 1e38 gradients are
-# not, after one at 1e15 weights still are, and what comes of them is not: met by the targets' mean if the space is
+# not, after one at 1e15 weights still are, and what comes of them is not: met by the targets' covariance if the space is
 # whitened there, or in an evaluation, before a checkpoint is written
 BROKEN = (('1e38', 1, '', 'training documents ['), ('1e38', 2, '', 'training documents ['),
           ('1e15', 1, '--whiten_interval=1', 'training documents ['), ('1e15', 1, '--eval_interval=1', 'step 10: '))

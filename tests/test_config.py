@@ -104,5 +104,5 @@ def test_help_shows_every_setting_and_what_it_means(script):
     done = run(script, '--help')
     shown = defaults(script)
     for name in (n for n in shown if n.islower() and not n.startswith('_')):
-        if isinstance(shown[name], bool | int | float | str) and name not in ('step', 'first_step', 'interrupted'):
+        if isinstance(shown[name], bool | int | float | str) and name not in ('step', 'first_step', 'interrupted', 'refused'):
             assert f'--{name}' in done.stdout, name

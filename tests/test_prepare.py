@@ -514,13 +514,44 @@ def test_each_rank_of_a_second_run_is_refused(begun):
     os.close(fd)
     assert done.returncode == 1
     assert 'another run is writing there' in done.stderr
+    before = sorted(f for f in os.listdir(folder) if 'lock' not in f)
+    done = run('prepare.py', *arguments, check=False, RANK='1', WORLD_SIZE='2')
+    assert done.returncode == 1
+    assert 'ranks=1, not 2' in done.stderr
+    assert sorted(f for f in os.listdir(folder) if 'lock' not in f) == before
+
+
+def test_a_complete_set_is_only_looked_at(corpus_dir):
+    before = sorted(os.listdir(corpus_dir))
+    settings = prepare.Corpus(corpus_dir, 'train').meta['settings']
+    done = run('prepare.py', *(f'--{k}={v}' for k, v in settings.items() if k != 'max_docs'), '--max_docs=5', check=False)
+    assert done.returncode == 1
+    assert 'max_docs' in done.stderr
+    assert sorted(os.listdir(corpus_dir)) == before
 
 
 def test_a_silent_rank_is_not_waited_for_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'PATIENCE', 0.3)
-    with pytest.raises(prepare.Mistake, match='rank 1 has noted nothing'):
-        prepare.wait_for(str(tmp_path / 'progress_1.json'), 1)
-    prepare.write_json(tmp_path / 'p.json', prepare.sealed({'done': False}))
-    assert not prepare.wait_for(str(tmp_path / 'p.json'), 1)['done']
-    with pytest.raises(prepare.Mistake, match='noted nothing'):
-        prepare.wait_for(str(tmp_path / 'p.json'), 1, done=True)
+    with pytest.raises(prepare.Mistake, match='rank 1 has given no sign of life'):
+        prepare.wait_for(str(tmp_path), 1)
+    path = tmp_path / 'progress_1.json'
+    prepare.write_json(path, prepare.sealed({'done': False}))
+    assert not prepare.wait_for(str(tmp_path), 1)['done']
+    with pytest.raises(prepare.Mistake, match='no sign of life'):
+        prepare.wait_for(str(tmp_path), 1, done=True)
+    lock, looks = tmp_path / 'lock_1', []
+
+    def sleep(seconds):  # it lives for long, and is done within a tick of the file system's clock
+        looks.append(seconds)
+        lock.write_text('')
+        os.utime(lock, ns=(len(looks), len(looks)))
+        clock[0] += 0.2
+        if len(looks) == 9:
+            was = os.stat(path)
+            prepare.write_json(path, prepare.sealed({'done': True}))
+            os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    clock = [0.0]
+    monkeypatch.setattr(prepare.time, 'monotonic', lambda: clock[0])
+    monkeypatch.setattr(prepare.time, 'sleep', sleep)
+    assert prepare.wait_for(str(tmp_path), 1, done=True)['done']
+    assert len(looks) == 9
