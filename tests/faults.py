@@ -399,9 +399,9 @@ def signals(work):
     process.send_signal(signal.SIGINT)
     finish(process, 130, 'stopped at once')
     found.append(('signals', 'a second SIGINT in a long step', 1, 'stopped at once, exit code 130'))
-    for script, delays in (('train_encoder.py', (0.3, 0.6, 1.0)), ('train_decoder.py', (0.3, 0.6, 1.0)), ('prepare.py', (0.25, 0.4, 0.6))):
+    for script, delays in (('train_encoder.py', (0.3, 0.6, 1.0)), ('train_decoder.py', (0.3, 0.6, 1.0)), ('prepare.py', (0.2, 0.3, 0.4))):
         for delay in delays:  # a Ctrl-C during the imports, or soon after
-            process = start(script, f'--data_dir={work}/signal_imports', *(source(f'{work}/straight') if script == 'prepare.py' else ()))
+            process = start(script, f'--data_dir={work}/signal_{delay}', *(source(f'{work}/straight') if script == 'prepare.py' else ()))
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             said = process.communicate()[0]
