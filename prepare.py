@@ -714,10 +714,8 @@ def chunks(source, size=64, characters=1 << 22):
         yield chunk
 
 
-def prepare(s):
-    """Write the set that the settings `s` ask for, or go on with one that was begun."""
-    from tqdm import tqdm
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+def begin(s, rank, world_size) -> dict | None:
+    """The progress to go on from, nothing read yet or what an earlier run noted; None of a set that is complete."""
     directory = s['data_dir']
     if not 0 <= s['val_fraction'] < 1:
         raise Mistake(f"--val_fraction={s['val_fraction']}: expected a share from 0 to below 1")
@@ -730,7 +728,7 @@ def prepare(s):
         same_settings(read_json(meta_path, 'settings')['settings'], s)
         forget(directory, rank)  # killed between its last two acts
         print(f'{directory} is complete already')
-        return
+        return None
     local_files(s['dataset'])  # a mistake in it is told before a tokenizer is made
     progress = {'settings': s, 'world_size': world_size, 'tokenizer': None, 'read': 0, 'place': None, 'counts': {},
                 'writers': {}, 'done': False}
@@ -740,8 +738,19 @@ def prepare(s):
     noted = progress['tokenizer']
     if rank:  # the first one makes the tokenizer
         noted = same_run(wait_for(directory, 0), progress)['tokenizer']
-    spec = progress['tokenizer'] = tokenizer_spec(s, noted)
+    progress['tokenizer'] = tokenizer_spec(s, noted)
     write_json(progress_path, sealed(progress))
+    return progress
+
+
+def prepare(s):
+    """Write the set that the settings `s` ask for, or go on with one that was begun."""
+    from tqdm import tqdm
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    progress, directory = begin(s, rank, world_size), s['data_dir']
+    if not progress:
+        return
+    spec, progress_path = progress['tokenizer'], os.path.join(directory, f'progress_{rank}.json')
     dtype = np.uint16 if spec['n_vocab'] <= 2**16 else np.uint32
     writers = {k: Writer(directory, k, rank, world_size, progress['writers'].get(k))
                for k in ('train', 'val')}

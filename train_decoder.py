@@ -400,9 +400,24 @@ def not_finite(step, parts, what='loss'):
     stop(f'step {step}: {said}. Checkpoints are older and whole; try a lower --learning_rate')
 
 
+def report(v, minutes):
+    """Say what the evaluation `v` found and how long is left; keep it, and checkpoints of all but the first one."""
+    global best_loss
+    left = f' | {minutes:.0f} min left' if step > first_step else ''
+    tqdm.write(f'step {step}: nats per token {v["val_loss"]:.3f} | another concept {v["val_shuffled"]:.3f} | no '
+               f'concept {v["val_unconditional"]:.3f} | information {v["val_information"]:.3f}{left}', file=sys.stdout)
+    if step == first_step == 0 or step > first_step:
+        log({'step': step, 'tokens': seen_tokens, **v})
+    if step > first_step:
+        if v['val_loss'] < best_loss:
+            best_loss = v['val_loss']
+            save(f'{kind}_best.pt')
+        save(f'{kind}.pt')
+
+
 def run():
     """Train to max_iters; returns the signal that stopped it, or 0."""
-    global step, best_loss, seen_tokens
+    global step, seen_tokens
     loader = ThreadPoolExecutor(1)  # cuts the next batch while this one is computed
     upcoming = loader.submit(micro_batches, step)
     bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
@@ -413,18 +428,7 @@ def run():
         if step % eval_interval == 0 or step == max_iters:
             began, values = time.time(), evaluate()
             if master:
-                left = (began - start) / max(step - first_step, 1) * (max_iters - step) / 60
-                left = f' | {left:.0f} min left' if step > first_step else ''
-                tqdm.write(f'step {step}: nats per token {values["val_loss"]:.3f} | another concept '
-                           f'{values["val_shuffled"]:.3f} | no concept {values["val_unconditional"]:.3f} | information '
-                           f'{values["val_information"]:.3f}{left}', file=sys.stdout)
-                if step == first_step == 0 or step > first_step:
-                    log({'step': step, 'tokens': seen_tokens, **values})
-                if step > first_step:
-                    if values['val_loss'] < best_loss:
-                        best_loss = values['val_loss']
-                        save(f'{kind}_best.pt')
-                    save(f'{kind}.pt')
+                report(values, (began - start) / max(step - first_step, 1) * (max_iters - step) / 60)
             since += time.time() - began
         if step >= max_iters:
             break

@@ -484,9 +484,28 @@ def not_finite(step, parts, what='loss'):
     stop(f'step {step}: {said}. Checkpoints are older and whole; try a lower --learning_rate')
 
 
+def report(v, minutes):
+    """Say what the evaluation `v` found and how long is left; keep it, and checkpoints of all but the first one."""
+    global best_mrr
+    left = f' | {minutes:.0f} min left' if step > first_step else ''
+    tqdm.write(f'step {step}: loss {v["val_loss"]:.3f} | skill {v["val_skill"]:.3f} (copy {v["val_copy_skill"]:.3f}) | '
+               f'cos {v["val_cos"]:.3f}, unrelated {v["val_cos_unrelated"]:.3f} | rank {v["val_rank"]:.0f}/{n_embd} | '
+               f'MRR {v["val_mrr"]:.3f} (copy {v["val_copy_mrr"]:.3f}) | in document {v["val_doc_mrr"]:.3f} (copy '
+               f'{v["val_doc_copy_mrr"]:.3f}, chance {v["val_doc_chance"]:.3f}){left}', file=sys.stdout)
+    if collapse_warning(v):
+        tqdm.write(f'  this looks like collapse: {collapse_warning(v)}', file=sys.stdout)
+    if step == first_step == 0 or step > first_step:
+        log({'step': step, 'tokens': seen_tokens, **v})
+    if step > first_step:
+        if v['val_mrr'] > best_mrr:
+            best_mrr = v['val_mrr']
+            save('encoder_best.pt')
+        save('encoder.pt')
+
+
 def run():
     """Train to max_iters; returns the signal that stopped it, or 0."""
-    global step, best_mrr, seen_tokens, skipped
+    global step, seen_tokens, skipped
     loader = ThreadPoolExecutor(1)  # cuts the next batch while this one is computed
     upcoming = loader.submit(micro_batches, step)
     bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
@@ -497,23 +516,7 @@ def run():
         if step % eval_interval == 0 or step == max_iters:
             began, values = time.time(), evaluate()
             if master:
-                left = (began - start) / max(step - first_step, 1) * (max_iters - step) / 60
-                left = f' | {left:.0f} min left' if step > first_step else ''
-                tqdm.write(f'step {step}: loss {values["val_loss"]:.3f} | skill {values["val_skill"]:.3f} (copy '
-                           f'{values["val_copy_skill"]:.3f}) | cos {values["val_cos"]:.3f}, unrelated '
-                           f'{values["val_cos_unrelated"]:.3f} | rank {values["val_rank"]:.0f}/{n_embd} | MRR '
-                           f'{values["val_mrr"]:.3f} (copy {values["val_copy_mrr"]:.3f}) | in document '
-                           f'{values["val_doc_mrr"]:.3f} (copy {values["val_doc_copy_mrr"]:.3f}, chance '
-                           f'{values["val_doc_chance"]:.3f}){left}', file=sys.stdout)
-                if collapse_warning(values):
-                    tqdm.write(f'  this looks like collapse: {collapse_warning(values)}', file=sys.stdout)
-                if step == first_step == 0 or step > first_step:
-                    log({'step': step, 'tokens': seen_tokens, **values})
-                if step > first_step:
-                    if values['val_mrr'] > best_mrr:
-                        best_mrr = values['val_mrr']
-                        save('encoder_best.pt')
-                    save('encoder.pt')
+                report(values, (began - start) / max(step - first_step, 1) * (max_iters - step) / 60)
             since += time.time() - began
         if step >= max_iters:
             break
