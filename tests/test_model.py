@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import try_start
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import model as lib
@@ -100,7 +101,7 @@ def test_an_encoder_starts_as_its_embeddings(batch):
 
 
 def test_start_of_embeddings_against_dense_algebra(batch):
-    """Two passes of neighbour_embeddings over one batch, sentence by sentence."""
+    """Two passes of neighbour_embeddings over one batch, sentence by sentence; and try_start's, on sparse matrices."""
     tokens, sentence, document = batch
     weight = torch.rand(400) + 0.5
     torch.manual_seed(0)
@@ -123,6 +124,9 @@ def test_start_of_embeddings_against_dense_algebra(batch):
         table = torch.nn.functional.normalize(mixed, dim=-1) * 8 ** 0.5
     assert 0 < (new.abs().sum(1) > 0).sum() < 400  # some tokens do not come: they stay random
     assert torch.allclose(found, table.float(), atol=1e-3)
+    bags = try_start.Bags(None, weight.numpy()).matrices([ids.numpy() for _, _, ids in rows])
+    documents = np.array([1000 * b + document[b, s].item() for b, s, _ in rows])
+    assert np.allclose(found, try_start.start(list(bags), documents, random.float().numpy(), passes=2), atol=1e-3)
 
 
 def test_words_of_a_topic_start_together():
