@@ -1092,7 +1092,6 @@ if __name__ == '__main__':
         raise SystemExit(f'prepare.py: cannot write to {data_dir}: {error.strerror or error}') from None
     except KeyboardInterrupt:
         print(f'prepare.py: interrupted; the same command goes on where it stopped ({data_dir})', file=sys.stderr)
+        sys.stdout.flush()
         sys.stderr.flush()
-        if threading.active_count() > 1:
-            os._exit(128 + _signals['came'])  # not waiting for the hub's threads
-        raise SystemExit(128 + _signals['came']) from None
+        os._exit(128 + _signals['came'])  # not waiting for the hub's threads
