@@ -1022,7 +1022,7 @@ class Corpus:
     def _visits(self, enough, seed, packing):
         """The global row at which each visit begins, of as many as are `enough`; kept: none is counted twice."""
         with self._lock:
-            starts = self._starts.setdefault((seed, *packing), [0])
+            starts = self._starts.setdefault((seed, *packing), array('q', [0]))
             while not enough(starts):
                 rows, _ = self._visit(len(starts) - 1, seed, packing)
                 starts.append(starts[-1] + len(rows.starts) - 1)
