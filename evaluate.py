@@ -357,8 +357,8 @@ def load(path):
         if os.path.exists(os.path.join(folder, 'decoder.pt')):
             decoder = lib.load_decoder(folder, where, dtype)
             if abs(decoder.encoder_fingerprint / lib.fingerprint(encoder.model) - 1) > 1e-6:
-                print(f'{folder}/decoder.pt was trained on another encoder than {path}: it is left out (train it again '
-                      'in another --out_dir)', file=sys.stderr)
+                print(f'{folder}/decoder.pt was trained on another encoder than {path}: it is left out (remove it '
+                      'and decoder_best.pt, and train it again)', file=sys.stderr)
                 decoder = None
         if decoder and os.path.exists(os.path.join(folder, 'language_model.pt')):
             decoder.language_model = lib.load_decoder(folder, where, dtype, 'language_model')

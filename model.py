@@ -1121,8 +1121,10 @@ def load_checkpoint(path, kind, device='cpu') -> dict:
     except Exception as error:  # bytes that are not what they should be can raise anything
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a seek to nowhere is damage
             raise  # not ours to read, or a disk that fails: the file may be whole
-        raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}); "
-                         f'use another: {kind}.pt or {kind}_best.pt beside it') from error
+        best = str(path).removesuffix('.pt') + '_best.pt'
+        raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}): give "
+                         'another' + (f', such as {best}; training goes on from that once this one is removed'
+                                      if os.path.exists(best) else '')) from error
     if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:
         raise ValueError(f"'{path}' holds no {kind} of format {FORMAT}: give another, or train one with this version")
     return state

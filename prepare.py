@@ -727,7 +727,7 @@ def begin(s, rank, world_size) -> dict | None:
     if os.path.exists(meta_path):
         same_settings(read_json(meta_path, 'settings')['settings'], s)
         forget(directory, rank)  # killed between its last two acts
-        print(f'{directory} is complete already')
+        print(f'{directory} is complete already: for other text remove it, or choose another --data_dir')
         return None
     local_files(s['dataset'])  # a mistake in it is told before a tokenizer is made
     progress = {'settings': s, 'world_size': world_size, 'tokenizer': None, 'read': 0, 'place': None, 'counts': {},
@@ -899,9 +899,11 @@ class Shard:
             if not os.path.exists(path):
                 raise FileNotFoundError(f'{path} is missing: prepare the set again, in a new --data_dir')
             if os.path.getsize(path) != said['bytes']:
-                raise ValueError(f"{path} has {os.path.getsize(path):,} bytes, not {said['bytes']:,}: it is damaged")
+                raise ValueError(f"{path} has {os.path.getsize(path):,} bytes, not {said['bytes']:,}: it is damaged, "
+                                 'prepare the set again, in a new --data_dir')
             if verify and checksum(path) != said['crc32']:
-                raise ValueError(f'{path} does not match its checksum: it is damaged')
+                raise ValueError(f'{path} does not match its checksum: it is damaged, prepare the set again, in a new '
+                                 '--data_dir')
             kind = name.rpartition('.')[2]
             arrays[kind] = np.memmap(path, dtype if kind == 'tokens' else np.int64, 'r')
         self.tokens, self.sentences, self.documents = (arrays[k] for k in SUFFIXES)

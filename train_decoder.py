@@ -494,7 +494,8 @@ try:
         save(os.path.basename(checkpoint_path))
     stopped = run()
 except (OSError, Mistake) as error:  # a full disk; a sentence longer than block_size
-    stop(f'cannot write to {out_dir}: {error.strerror}' if getattr(error, 'strerror', '') else error)
+    where = 'standard output' if isinstance(error, BrokenPipeError) else out_dir
+    stop(f'cannot write to {where}: {error.strerror}' if getattr(error, 'strerror', '') else error)
 if ddp:
     dist.barrier()  # a rank that ended while another still talked to it has been seen to abort
     dist.destroy_process_group()

@@ -597,7 +597,8 @@ try:
         save(os.path.basename(checkpoint_path))
     stopped = run()
 except (OSError, Mistake) as error:  # a full disk; a sentence longer than block_size
-    stop(f'cannot write to {out_dir}: {error.strerror}' if getattr(error, 'strerror', '') else error)
+    where = 'standard output' if isinstance(error, BrokenPipeError) else out_dir
+    stop(f'cannot write to {where}: {error.strerror}' if getattr(error, 'strerror', '') else error)
 if ddp:
     dist.barrier()  # a rank that ended while another still talked to it has been seen to abort
     dist.destroy_process_group()
@@ -606,4 +607,5 @@ if stopped:
         print(f'stopped at step {step}, saved to {checkpoint_path}: the same command goes on')
     sys.exit(128 + stopped)
 if master:
-    print(f'{checkpoint_path} has {step} steps. Next: python train_decoder.py --out_dir={out_dir}')
+    print(f'{checkpoint_path} has {step} steps. Next: python train_decoder.py --out_dir={out_dir}, with a preset '
+          '(config/decoder_*.py) of about its size')
