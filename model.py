@@ -1121,19 +1121,24 @@ def load_checkpoint(path, kind, device='cpu') -> dict:
     except Exception as error:  # bytes that are not what they should be can raise anything
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a seek to nowhere is damage
             raise  # not ours to read, or a disk that fails: the file may be whole
-        best = str(path).removesuffix('.pt') + '_best.pt'
+        best = best_beside(path)
         raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}): give "
                          'another' + (f', such as {best}; training goes on from that once this one is removed'
-                                      if os.path.exists(best) else '')) from error
+                                      if best else '')) from error
     if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:
         raise ValueError(f"'{path}' holds no {kind} of format {FORMAT}: give another, or train one with this version")
     return state
 
 
+def best_beside(path):
+    """The best checkpoint beside the newest, `path`; '' where there is none."""
+    best = str(path).removesuffix('.pt') + '_best.pt'
+    return best if os.path.exists(best) else ''
+
+
 def newest(path):
     """`path`, a checkpoint; the best one beside it where there is only that, so that it is not overwritten."""
-    best = path.removesuffix('.pt') + '_best.pt'
-    return best if os.path.exists(best) and not os.path.exists(path) else path
+    return path if os.path.exists(path) else best_beside(path) or path
 
 
 def checkpoint_to_resume(path, kind, settings, device) -> dict | None:

@@ -8,6 +8,7 @@ not run stay). tests/test_faults.py runs the same functions in miniature.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -713,7 +714,6 @@ NASTY = ['<|endoftext|>', '</s>', '[MASK]', '\ud800', '\udfff x', '\0', '\x1c\x8
 
 def fuzz(work, cases=100_000):
     """Text that nobody meant: split_sentences, tokenizers, encode, generate, the readers of files, settings."""
-    import contextlib
     import gzip
     import lzma
 
@@ -895,14 +895,12 @@ def giants(work, megabytes=50, bomb=150):
 def memory(pid):
     """MB that a process and those it started hold."""
     total = 0
-    try:
+    with contextlib.suppress(OSError):  # it has just ended
         with open(f'/proc/{pid}/statm') as f:
             total = int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
         for task in os.listdir(f'/proc/{pid}/task'):
             with open(f'/proc/{pid}/task/{task}/children') as f:
                 total += sum(map(memory, map(int, f.read().split())))
-    except OSError:
-        pass  # it has just ended
     return total
 
 
