@@ -158,11 +158,6 @@ def chance(candidates):
     return float((1 / n).mean()), float((harmonic[n - 1] / n).mean())
 
 
-def fit_scale(p, z):
-    """The scalar a that makes sum |a p - z|^2 least, of p, z (n, d)."""
-    return float((p * z).sum() / max((p * p).sum(), 1e-12))
-
-
 def skills(p, z, mean, scale, document, base=None):
     """Skill, 1 - sum |scale p - z|^2 / sum |mean - z|^2, with its interval over documents.
 
@@ -184,7 +179,7 @@ def fit_ridge(x, y, document):
     search = GridSearchCV(Ridge(), {'alpha': [(size + 1e-9) * a for a in (0.1, 1, 10, 100)]}, cv=splits,
                           scoring='neg_mean_squared_error').fit(x, y, groups=document)
     held_out = cross_val_predict(search.best_estimator_, x, y, groups=document, cv=splits)
-    return search.predict, fit_scale(held_out, y)
+    return search.predict, lib.fit_scale(held_out, y)
 
 
 def spearman(a, b, n=1000):
@@ -390,7 +385,7 @@ class Study:
         self.mean = z_train.mean(0)
         train_p = self.predictors(self.train, self.z_train_all)
         self.p_by = self.predictors(self.items, self.z_all)
-        self.scale = {k: fit_scale(p, z_train) for k, p in train_p.items()}
+        self.scale = {k: lib.fit_scale(p, z_train) for k, p in train_p.items()}
         ridge, self.scale['ridge'] = fit_ridge(train_p['context mean'], z_train, self.train.document[self.train.target])
         self.p_by['ridge'] = ridge(self.p_by['context mean']).astype(np.float32)
         self.p, self.train_p = self.p_by['model'], train_p['model']
@@ -415,18 +410,18 @@ class Study:
     def predictors(self, x, z_all):
         p = self.predictions(self.encoder, x, z_all)
         return {'model': p, 'copy-last': z_all[x.target - 1], 'context mean': window_means(x, z_all),
-                'shuffled context': np.roll(p, len(p) // 3, 0), 'mean target': np.tile(unit(self.mean), (len(p), 1))}
+                'shuffled context': np.roll(p, len(p) // 3, 0), 'mean target': np.tile(self.mean, (len(p), 1))}
 
     def text(self, ids):
         return self.encoder.tokenizer.decode(ids)
 
-    def write(self, concepts, sure=1.0):
-        return self.decoder.generate(concepts, max_tokens=max_new_tokens, batch_size=batch_size, sure=sure)
+    def write(self, concepts):
+        return self.decoder.generate(concepts, max_tokens=max_new_tokens, batch_size=batch_size)
 
 
 def window_means(x, z_all):
-    """Of the pairs of x, the mean of the z_all (N, d) of the window's sentences, at length 1."""
-    return unit(np.stack([z_all[a:b].mean(0) for a, b in x.windows]))
+    """Of the pairs of x, the mean of the z_all (N, d) of the window's sentences: longer where they agree."""
+    return np.stack([z_all[a:b].mean(0) for a, b in x.windows])
 
 
 def leak(s):
@@ -445,7 +440,7 @@ def leak(s):
             document = torch.zeros(1, len(row), dtype=torch.long, device=s.encoder.device)
             with torch.inference_mode(), s.encoder.autocast:
                 p = net.predict(tokens, sentence, document, net.masks(sentence, document)[1])[0, last]
-            found.append(np.stack((lib.unit(p).cpu().numpy(), s.encoder.predict_windows(row, [(0, b - a)])[0])))
+            found.append(unit(np.stack((p.float().cpu().numpy(), s.encoder.predict_windows(row, [(0, b - a)])[0]))))
         distances.append(np.linalg.norm(found[0] - found[1], axis=1).max())
     return float(np.mean(distances))
 
@@ -475,8 +470,8 @@ def retrieval(s):
     def dense(query, all_):  # each in its own space
         return lambda at: torch.from_numpy(query[at]) @ torch.from_numpy(all_).T
     spaces = {name: dense(unit(p), s.z_all) for name, p in s.p_by.items() if name != 'mean target'}
-    spaces |= {'random encoder': dense(s.predictions(s.random, x, s.r_all), s.r_all),
-               'token mean': dense(window_means(x, t_all), t_all),
+    spaces |= {'random encoder': dense(unit(s.predictions(s.random, x, s.r_all)), s.r_all),
+               'token mean': dense(unit(window_means(x, t_all)), t_all),
                'TF-IDF of the window': lambda at: (queries[at] @ bags).toarray()}
     inside, corpus, place = {}, {}, {}
     for name, similar in spaces.items():
@@ -592,7 +587,7 @@ def rollouts(s):
     stories, of_concepts = [], s.encoder.model.config.context == 'concepts'
 
     def as_text(p):
-        texts = s.write(p, s.decoder.prediction_sure)
+        texts = s.write(p)
         stories.append(texts)
         return s.encoder.encode(texts) if of_concepts else s.encoder.tokenizer.encode_batch(texts)
 
@@ -614,7 +609,7 @@ def rollouts(s):
             candidates[i, 0], candidates[i, 1:1 + len(pool)] = t, pool
         for kind in found[1]:
             p_train, p = (f[kind][h] for f in found)
-            scale = fit_scale(p_train, s.z_train_all[s.train.target[starts[0]] + h])
+            scale = lib.fit_scale(p_train, s.z_train_all[s.train.target[starts[0]] + h])
             rank, _ = ranks(lambda i, p=p: torch.from_numpy(unit(p[i]) @ s.z_all.T), candidates)
             row = rows[f'{kind}, {h + 1}'] = cells('skill', skills(p, s.z_all[true], s.mean, scale, document)) | \
                 cells('MRR', bootstrap(1 / rank, document)) | {'chance': chance(candidates)[1]}
@@ -637,8 +632,8 @@ def several(s):
     rng = np.random.default_rng(seed)
     few = np.sort(rng.permutation(len(s.train.target))[:4000])  # for the scale
     targets = s.z_train_all[s.train.target]
-    singles, truth = (s.train_p[few], s.p), (targets[few], s.z)
-    each = [s.encoder.roll(z, windows, each=True) for z, windows in
+    singles, truth = (unit(s.train_p[few]), unit(s.p)), (targets[few], s.z)
+    each = [unit(s.encoder.roll(z, windows, each=True)) for z, windows in
             ((s.z_train_all, [s.train.windows[i] for i in few]), (s.z_all, s.items.windows))]
     k = each[0].shape[1]
 
@@ -659,14 +654,14 @@ def several(s):
         low, high = 0.0, 16.0
         for _ in range(30):
             far = (low + high) / 2
-            narrow = spread(unit(s.p[:, None] + far * towards[1])) > spread(each[1])
+            narrow = spread(unit(singles[1][:, None] + far * towards[1])) > spread(each[1])
             low, high = (far, high) if narrow else (low, far)
         ways[name] = [unit(q[:, None] + far * v) for q, v in zip(singles, towards)]
     rows = {}
     for name, found in ways.items():
         best = [(f * z[:, None]).sum(2).argmax(1) for f, z in zip(found, truth)]
         (train_p, p), (train_z, z) = (f[np.arange(len(f)), b] for f, b in zip(found, best)), truth
-        row = rows[name] = cells('skill', skills(p, z, s.mean, fit_scale(train_p, train_z), s.document))
+        row = rows[name] = cells('skill', skills(p, z, s.mean, lib.fit_scale(train_p, train_z), s.document))
         for column, key in (('MRR in document', 'a'), ('MRR', 'corpus')):
             rank = np.min([ranks(lambda i, q=q: torch.from_numpy(q[i] @ s.z_all.T), s.candidates[key])[0]
                            for q in found[1].swapaxes(0, 1)], axis=0)
@@ -682,22 +677,26 @@ def text(s):
     """What the decoder writes: from the sentence's own concept (reconstruct) and from the predicted one (predict)."""
     if not s.decoder:
         return {}
-    at, sure = s.generated, s.decoder.prediction_sure
+    at = s.generated
     truth = [s.text(s.items.sentences[i]) for i in s.items.target[at]]
     shuffled = np.roll(np.arange(len(at)), len(at) // 2)
-    rebuilt, predicted = s.write(s.z[at]), s.write(s.p[at], sure)
-    none, = s.write(np.zeros((1, s.z.shape[1])), 0.0)
+    rebuilt, predicted = s.write(s.z[at]), s.write(s.p[at])
+    none, = s.write(np.zeros((1, s.z.shape[1])))
     s.texts = {'reconstruct': rebuilt, 'reconstruct, shuffled concept': [rebuilt[i] for i in shuffled],
                'predict': predicted, 'predict, shuffled concept': [predicted[i] for i in shuffled],
                'no concept': [none] * len(at),
                'copy-last': [s.text(s.items.sentences[i - 1]) for i in s.items.target[at]]}
     out = {'text': {name: text_scores(texts, truth) for name, texts in s.texts.items()}}
+    short = [i for i, t in enumerate(s.items.target[at]) if len(s.items.sentences[t]) <= 32]
+    if short:
+        out['text'][f'reconstruct, 32 tokens at most ({len(short)})'] = text_scores(
+            *([texts[i] for i in short] for texts in (rebuilt, truth)))
     if s.judged_by:
         said = s.judged_by(truth)
         out['judge'] = {name: cells('cosine', bootstrap(cosine(s.judged_by(texts), said), s.document[at]))
                         for name, texts in s.texts.items()}
     again = {'D(z)': s.encoder.encode(rebuilt), 'D(p)': s.encoder.encode(predicted)}
-    gap = np.linalg.norm(again['D(p)'] - s.z[at], axis=1) - np.linalg.norm(s.p[at] - s.z[at], axis=1)
+    gap = np.linalg.norm(again['D(p)'] - s.z[at], axis=1) - np.linalg.norm(unit(s.p[at]) - s.z[at], axis=1)
     out['round trip'] = {'cos(E(D(z)), z)': {'model': float(cosine(again['D(z)'], s.z[at]).mean()),
                                              'shuffled': float(cosine(again['D(z)'], s.z[at][shuffled]).mean())},
                          '‖E(D(p)) − z‖ − ‖p − z‖': {'model': float(gap.mean())}}
@@ -712,11 +711,10 @@ def perplexity(s):
     sentences = [s.items.sentences[i] for i in s.items.target[some]]
     tokens = np.array([len(i) + 1 for i in sentences])  # the end of the sentence counts
     size = sum(len(s.text(i).encode()) for i in sentences)
-    roll, sure = np.roll(some, len(some) // 2), s.decoder.prediction_sure
-    given = {'D(z)': (s.z[some], 1.0), 'D(z), shuffled': (s.z[roll], 1.0), 'D(p)': (s.p[some], sure),
-             'D(p), shuffled': (s.p[roll], sure), 'no concept': (None, 0.0),
-             'mean concept': (np.tile(unit(s.mean), (len(some), 1)), np.clip(s.scale['mean target'], 0, 1))}
-    nats = {name: s.decoder.nll(sentences, c, batch_size, sure) for name, (c, sure) in given.items()}
+    roll = np.roll(some, len(some) // 2)
+    given = {'D(z)': s.z[some], 'D(z), shuffled': s.z[roll], 'D(p)': s.p[some], 'D(p), shuffled': s.p[roll],
+             'no concept': None, 'mean concept': np.tile(s.mean, (len(some), 1))}
+    nats = {name: s.decoder.nll(sentences, c, batch_size) for name, c in given.items()}
     if s.decoder.language_model:
         before = [s.items.sentences[s.items.start[i]:s.items.target[i]] for i in some]
         nats['language model, reading the window'] = s.decoder.language_model.nll_in_context(sentences, before)
@@ -949,13 +947,14 @@ def answer(encoder, decoder, val):
         tokens = Items(val, np.random.default_rng(seed), max_pairs, 20_000, eval_context).sentences
     z_all = encoder.encode_tokens(tokens, batch_size)
 
-    def look(z, sure=1.0, seed=seed):
+    def look(z, seed=seed):
         """What lies near the concept z, and what the decoder writes of it."""
-        near = [{'cosine': float(z_all[i] @ z), 'text': encoder.tokenizer.decode(tokens[i])}
-                for i in np.argsort(-(z_all @ z), kind='stable')[:3]]
+        similar = z_all @ unit(z)
+        near = [{'cosine': float(similar[i]), 'text': encoder.tokenizer.decode(tokens[i])}
+                for i in np.argsort(-similar, kind='stable')[:3]]
         if not decoder:
             return {'nearest': near}
-        written, = decoder.generate(z[None], temperature, top_k, top_p, max_new_tokens, seed=seed, sure=sure)
+        written, = decoder.generate(z[None], temperature, top_k, top_p, max_new_tokens, seed=seed)
         return {'written': written, 'nearest': near}
     if interpolate:
         ends = [e.strip() for e in interpolate.split('||')]
@@ -977,11 +976,10 @@ def answer(encoder, decoder, val):
     if steps > 1 and not decoder:
         raise Mistake(f'--steps={steps} needs a decoder to write with: train_decoder.py makes one')
     found = {'sentences': [{'sentence': t, **look(z)} for t, z in zip(read, encoder.encode(read))], 'continuations': []}
-    sure = decoder.prediction_sure if decoder else 0.0
     for n in range(num_samples):
         story = list(read)
         for step in range(steps):
-            told = look(encoder.predict(story[-eval_context:]), sure, seed + n * steps + step)
+            told = look(encoder.predict(story[-eval_context:]), seed + n * steps + step)
             story.append(told.get('written', ''))
             found['continuations'].append({'sample': n + 1, 'step': step + 1, **told})
     return found

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
-FORMAT = 4  # of checkpoints
+FORMAT = 5  # of checkpoints
 HEAD_CHUNK = 1024  # positions whose logits are held at once in training
 
 
@@ -475,7 +475,7 @@ class Whitening(nn.Module):
     is gone, and a collapsed model predicts nothing. Eigenvalues are floored at `floor` of their mean.
     """
 
-    def __init__(self, dim, rate=0.99, mean_rate=0.9, floor=0.01):
+    def __init__(self, dim, rate=0.99, mean_rate=0.97, floor=0.01):
         super().__init__()
         self.rate, self.mean_rate, self.floor = rate, mean_rate, floor
         self.register_buffer('mean', torch.zeros(dim))
@@ -488,7 +488,7 @@ class Whitening(nn.Module):
         """Move towards a batch's mean (D,) and covariance (D, D), the same on all ranks."""
         self.steps += 1
         share = 1.0 / self.steps.float()  # a plain average at first, until it would forget more slowly than told
-        # the mean is followed ten times as closely: one that lags leaves all concepts a direction in common
+        # the mean is followed more closely: one that lags, or is of few batches, leaves concepts a direction in common
         self.mean.lerp_(mean, share.clamp(min=1.0 - self.mean_rate))
         self.cov.lerp_(cov, share.clamp(min=1.0 - self.rate))
 
@@ -643,6 +643,7 @@ class JEPA(nn.Module):
         self.whitening = Whitening(config.n_embd)
         self.objective = Objective()
         self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a sentence's mean: see sif_weights
+        self.register_buffer('prediction_scale', torch.ones(()))  # what brings predictions to concepts' length
 
     def train(self, mode=True):
         super().train(mode)
@@ -679,7 +680,7 @@ class JEPA(nn.Module):
         if not self.hypotheses:
             return p[:, :, None] if each else p
         found, logits = self.hypotheses(p)
-        return found if each else (logits.softmax(-1)[..., None] * unit(found)).sum(-2)
+        return found if each else (logits.softmax(-1)[..., None] * found).sum(-2)
 
     def next_loss(self, context, concepts, document):
         """Loss (B, S - 1) of what is predicted from context (B, S, D), given what comes, concepts (B, S, D)."""
@@ -780,12 +781,15 @@ def unit(x):
 
 
 def fit_scale(p, z):
-    """The scalar that minimises sum |a p - z|^2 over rows of p, z (n, D): fitted on train pairs, used on validation."""
-    return (p * z).sum() / (p * p).sum().clamp(min=1e-12)
+    """The scalar a that minimises sum |a p - z|^2 over rows of p, z (n, D), tensors or arrays.
+
+    Fitted on train pairs, used on validation.
+    """
+    return (p * z).sum() / ((p * p).sum() + 1e-12)
 
 
 def skill(p, z, mean, scale):
-    """1 - sum |scale p - z|^2 / sum |mean - z|^2 for p, z (n, D) of unit norm and the train targets' mean (D,).
+    """1 - sum |scale p - z|^2 / sum |mean - z|^2 for p and unit-norm z (n, D) and the train targets' mean (D,).
 
     Above 0: better than always predicting the mean. A constant predictor, or a collapsed space, gets 0 or less.
     """
@@ -900,9 +904,11 @@ class HeadCrossEntropy(torch.autograd.Function):
 class Decoder(nn.Module):
     """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row.
 
-    logits = E (norm(x) + sure (sqrt(concept_dim) P concept - spent * said)), with E the table of token embeddings,
-    tied, `said` the sum of the embeddings of the tokens so far, each times its weight in a sentence's mean, and `sure`
-    from 0, no concept, to 1, the sentence's own.
+    A concept's direction is what it says, its length how sure that is: 1 (longer counts as 1) for a sentence's own,
+    less for a prediction, 0 for no concept.
+
+    logits = E (norm(x) + sqrt(concept_dim) P concept - |concept| spent * said), with E the table of token embeddings,
+    tied, and `said` the sum of the embeddings of the tokens so far, each times its weight in a sentence's mean.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -945,17 +951,16 @@ class Decoder(nn.Module):
         """What tokens (...) add to `said`: (..., n_embd)."""
         return self.embedding(tokens) * self.token_weight[tokens][..., None]
 
-    def head_input(self, x, concepts, said, sure=None):
-        """What the head reads (..., n_embd): of x, what leaves the last block, unit-norm concepts and `said`."""
-        rest = self.direct(concepts * self.config.concept_dim ** 0.5) - self.spent * said
-        return self.norm(x) + (rest if sure is None else rest * sure[..., None])
+    def head_input(self, x, concepts, said):
+        """What the head reads (..., n_embd): of x, what leaves the last block, concepts and `said`."""
+        sure = concepts.norm(dim=-1, keepdim=True).clamp(max=1)
+        return self.norm(x) + sure * (self.direct(unit(concepts) * self.config.concept_dim ** 0.5) - self.spent * said)
 
-    def prefixes(self, concepts, sure=None):
-        """Unit-norm concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional one where sure is 0."""
-        x = self.prefix(concepts * self.config.concept_dim ** 0.5).float()  # the residual stream is fp32
-        if sure is not None:
-            x = torch.lerp(self.no_concept, x, sure[..., None])
-        return x.unflatten(-1, (self.config.n_prefix, self.config.n_embd))
+    def prefixes(self, concepts):
+        """Concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional one where the length is 0."""
+        sure = concepts.norm(dim=-1, keepdim=True).clamp(max=1)
+        x = self.prefix(unit(concepts) * self.config.concept_dim ** 0.5).float()  # the residual stream is fp32
+        return torch.lerp(self.no_concept, x, sure).unflatten(-1, (self.config.n_prefix, self.config.n_embd))
 
     @staticmethod
     def mask(group, path='mask'):
@@ -976,28 +981,27 @@ class Decoder(nn.Module):
         target = torch.where(last, self.config.eos, F.pad(tokens[:, 1:], (0, 1)))
         return place, target, (sentence >= 0) & (place >= self.config.n_prefix - 1)
 
-    def forward(self, tokens, sentence, concepts, mask, sure=None):
+    def forward(self, tokens, sentence, concepts, mask):
         """Cross-entropy in nats, summed over the positions that count: the loss.
 
-        tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix); concepts (B, S, concept_dim); sure (B, S), from 1
-        for a concept that is the sentence's own to 0 for none, or None: 1 for all.
+        tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix); concepts (B, S, concept_dim), of length 1 to 0.
         """
-        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, sure)
+        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask)
         return HeadCrossEntropy.apply(x.flatten(0, 1), self.head.weight, target.flatten(), counted.flatten(),
                                       torch.is_grad_enabled())
 
-    def losses(self, tokens, sentence, concepts, mask, sure=None, only=True):
+    def losses(self, tokens, sentence, concepts, mask, only=True):
         """As forward, of each position (B, T), 0 where none is counted or `only` (B, T) is False."""
-        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask, sure)
+        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask)
         at = counted & only
         loss = torch.zeros(at.shape, device=x.device)
         loss[at] = F.cross_entropy(self.head(x[at]).float(), target[at], reduction='none')
         return loss
 
-    def head_inputs(self, tokens, sentence, concepts, mask, sure=None):
+    def head_inputs(self, tokens, sentence, concepts, mask):
         """What the head reads (B, T, n_embd), targets and which of them count (B, T); arguments as in forward."""
         place, target, counted = self.layout(tokens, sentence)
-        prefix = self.prefixes(concepts, sure).flatten(1, 2)  # (B, S * P, n_embd)
+        prefix = self.prefixes(concepts).flatten(1, 2)  # (B, S * P, n_embd)
         at = sentence.clamp(min=0) * self.config.n_prefix + place.clamp(max=self.config.n_prefix - 1)
         prefix = prefix.gather(1, at[..., None].expand(-1, -1, prefix.shape[-1]))
         x = torch.where((place < self.config.n_prefix)[..., None], prefix, self.embedding(tokens))
@@ -1010,7 +1014,7 @@ class Decoder(nn.Module):
         last = position + place_in_sentence(sentence.flip(1)).flip(1)
         words = self.words(tokens) * (place >= self.config.n_prefix)[..., None]
         said = RunningSum.apply(words, position - place, last)
-        return self.head_input(x, own, said, None if sure is None else sure.gather(1, at)), target, counted
+        return self.head_input(x, own, said), target, counted
 
     def flops(self, n_positions, n_seen):
         """Floating-point operations of a training step on so many positions, prefixes included and padding not; n_seen:
@@ -1020,16 +1024,16 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None, cache=True,
-                 sure=None, before=None):
+                 before=None):
         """Token ids (n, at most max_tokens) written from concepts (n, concept_dim), eos and what follows it included.
 
         temperature 0 takes the likeliest token; otherwise samples, among the top_k likeliest (0: all) and the
         likeliest that make up top_p of the probability. `cache=False` reads the whole prefix again for each token.
-        `sure` (n,), as in forward, is 0 where the sentence is written without a concept. `before` (n, T, n_embd) are
-        states that a language model reads first: embeddings of the text so far, a prefix before each sentence.
+        `before` (n, T, n_embd) are states that a language model reads first: embeddings of the text so far, a prefix
+        before each sentence.
         """
         config, n, device = self.config, len(concepts), concepts.device
-        inputs = self.prefixes(concepts, sure)  # (n, P, n_embd)
+        inputs = self.prefixes(concepts)  # (n, P, n_embd)
         if before is not None:
             inputs = torch.cat((before, inputs), 1)
         length = inputs.shape[1] + max_tokens
@@ -1051,7 +1055,7 @@ class Decoder(nn.Module):
             h, end = x, seen + T
             for block, (keys, values) in zip(self.blocks, caches):
                 h = block(h, (cos[seen:end], sin[seen:end]), mask, (keys, values, seen))
-            logits = self.head(self.head_input(h[:, -1], concepts, said, sure)).float()
+            logits = self.head(self.head_input(h[:, -1], concepts, said)).float()
             token = sample(logits, temperature, top_k, top_p, generator)
             said = said + self.words(token)
             out = torch.cat((out, token[:, None]), 1)
@@ -1220,13 +1224,13 @@ class SentenceEncoder:
 
     @staticmethod
     def similarity(a, b):
-        """Cosines (n, m) of concepts a (n, d) and b (m, d)."""
-        return a @ b.T
+        """Cosines (n, m) of concepts a (n, d) and b (m, d), predictions or not: a tensor."""
+        return unit(torch.as_tensor(a)) @ unit(torch.as_tensor(b)).T
 
     @staticmethod
     def similarity_pairwise(a, b):
-        """Cosines (n,) of the rows of concepts a and b (n, d)."""
-        return (a * b).sum(-1)
+        """Cosines (n,) of the rows of concepts a and b (n, d): a tensor."""
+        return (unit(torch.as_tensor(a)) * unit(torch.as_tensor(b))).sum(-1)
 
     @torch.inference_mode()
     def encode_tokens(self, sequences, batch_size=64, show_progress_bar=None) -> np.ndarray:
@@ -1254,9 +1258,10 @@ class SentenceEncoder:
             return self.model.whitening(self.model.target_means(tokens, sentence, 1, own)[:, 0])
 
     def predict(self, sentences) -> np.ndarray:
-        """The concept expected after `sentences` (a list of str, oldest first): float32 (d,), unit norm.
+        """The concept expected after `sentences` (a list of str, oldest first): float32 (d,).
 
-        Raises ValueError on an empty list.
+        Its length, mostly under 1, says how sure it is, as ConceptDecoder reads it: at that length predictions come
+        nearest to the concepts of training. Raises ValueError on an empty list.
         """
         if not sentences:
             raise ValueError('predict needs at least one sentence')
@@ -1264,7 +1269,7 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def predict_windows(self, sequences, windows, batch_size=64) -> np.ndarray:
-        """The concept expected after sequences[start:end], for each (start, end) of `windows`: (n, d), unit norm.
+        """As predict, after sequences[start:end], for each (start, end) of `windows`: (n, d).
 
         `sequences` are the token ids of sentences; a window, not empty, counts as one document.
         """
@@ -1290,7 +1295,7 @@ class SentenceEncoder:
     def roll(self, concepts, windows, batch_size=256, each=False) -> np.ndarray:
         """As predict_windows, from concepts (n, d), predictions among them or not: needs context='concepts'.
 
-        With `each` all hypotheses: (n, k, d).
+        Whatever their length, all count alike. With `each` all hypotheses: (n, k, d).
         """
         if self.model.config.context != 'concepts':
             raise ValueError("this model reads tokens (context='tokens'): it cannot be rolled forward without text")
@@ -1302,32 +1307,30 @@ class SentenceEncoder:
             used = np.array([[j < b - a for j in range(width)] for a, b in part])
             document = torch.from_numpy(used).to(self.device).long() - 1
             with self.autocast:
-                p = self.model.predict_concepts(torch.from_numpy(concepts[at]).to(self.device), document, each)
+                p = self.model.predict_concepts(unit(torch.from_numpy(concepts[at])).to(self.device), document, each)
             out.append(self._last(p, document))
         return np.concatenate(out)
 
-    @staticmethod
-    def _last(p, document):
-        """Of predictions p (B, S, ..., D), those after each row's last sentence, at unit norm, as numpy (B, ..., D)."""
+    def _last(self, p, document):
+        """Of predictions p (B, S, ..., D), those after each row's last sentence, to scale, as numpy (B, ..., D)."""
         last = (document >= 0).sum(1) - 1
-        return unit(p[torch.arange(len(p), device=p.device), last]).cpu().numpy()
+        return (self.model.prediction_scale * p[torch.arange(len(p), device=p.device), last]).float().cpu().numpy()
 
 
 class ConceptDecoder:
     """Concepts to sentences. From load_decoder."""
 
-    def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32', encoder_fingerprint=None,
-                 prediction_sure=1.0):
+    def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32', encoder_fingerprint=None):
         self.model, self.tokenizer, self.device = decoder.to(device).eval(), tokenizer, torch.device(device)
         self.autocast = torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != 'float32')
-        self.encoder_fingerprint, self.prediction_sure = encoder_fingerprint, prediction_sure
+        self.encoder_fingerprint = encoder_fingerprint
         self.language_model = None  # evaluate.py's, to compare with
 
-    def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0, sure=1.0):
+    def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0):
         """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same samples.
 
-        `sure`: 1 for the concept of a sentence; `prediction_sure`, the length that fits predictions best, for one that
-        is predicted. Raises ValueError where a concept is not finite.
+        A concept's length is how sure it is: that of `encode` is 1, that of `predict` less; of 0, anything is written.
+        Raises ValueError where a concept is not finite.
         """
         concepts = torch.as_tensor(np.atleast_2d(np.asarray(concepts)), dtype=torch.float32)
         if not concepts.isfinite().all():
@@ -1336,9 +1339,8 @@ class ConceptDecoder:
         texts = []
         for start in range(0, len(concepts), batch_size):
             with self.autocast:
-                part = unit(concepts[start:start + batch_size]).to(self.device)
-                ids = self.model.generate(part, max_tokens, temperature, top_k, top_p, generator,
-                                          sure=torch.full((len(part),), float(sure), device=self.device))
+                part = concepts[start:start + batch_size].to(self.device)
+                ids = self.model.generate(part, max_tokens, temperature, top_k, top_p, generator)
             texts += map(self.text, ids.tolist())
         return texts
 
@@ -1354,35 +1356,31 @@ class ConceptDecoder:
         A context is a list of token sequences, oldest first.
         """
         net, texts = self.model, []
-        none, sure = torch.zeros(1, net.config.concept_dim, device=self.device), torch.zeros(1, device=self.device)
+        none = torch.zeros(1, net.config.concept_dim, device=self.device)
         for sentences in contexts:
             with self.autocast:
-                free, read = net.prefixes(none, sure), []
+                free, read = net.prefixes(none), []
                 for ids in sentences:
                     read += [free, net.embedding(torch.as_tensor(np.asarray(ids, np.int64), device=self.device))[None]]
                 before = torch.cat(read, 1) if read else None
-                texts.append(self.text(net.generate(none, max_tokens, sure=sure, before=before)[0].tolist()))
+                texts.append(self.text(net.generate(none, max_tokens, before=before)[0].tolist()))
         return texts
 
     @torch.inference_mode()
-    def nll(self, sequences, concepts=None, batch_size=64, sure=1.0) -> np.ndarray:
-        """Nats (n,) that each token sequence costs given its concept (n, d), its end included; None: no concept.
-
-        `sure` as in generate.
-        """
+    def nll(self, sequences, concepts=None, batch_size=64) -> np.ndarray:
+        """Nats (n,) that each token sequence costs given its concept (n, d), its end included; None: no concept."""
         config, out = self.model.config, np.empty(len(sequences))
         if concepts is None:
-            concepts, sure = np.zeros((len(sequences), config.concept_dim), np.float32), 0.0
+            concepts = np.zeros((len(sequences), config.concept_dim), np.float32)
         concepts = np.asarray(concepts, np.float32)
         for index, ids, lengths in rows_by_length(sequences, batch_size):
             tokens = F.pad(torch.from_numpy(ids), (config.n_prefix, 0)).to(self.device)
             inside = np.arange(tokens.shape[1]) < lengths[:, None] + config.n_prefix
             sentence = torch.from_numpy(inside).to(self.device).long() - 1
-            given = unit(torch.from_numpy(concepts[index]).to(self.device))[:, None]
-            given_sure = torch.full((len(index), 1), float(sure), device=self.device)
+            given = torch.from_numpy(concepts[index]).to(self.device)[:, None]
             mask = self.model.mask(sentence)
             with self.autocast:
-                loss = self.model.losses(tokens, sentence, given, mask, given_sure)
+                loss = self.model.losses(tokens, sentence, given, mask)
             out[index] = loss.double().sum(1).cpu().numpy()
         return out
 
@@ -1404,7 +1402,7 @@ class ConceptDecoder:
             last = sentence.amax(1, keepdim=True)
             none = torch.zeros(len(index), int(last.max()) + 1, config.concept_dim, device=self.device)
             with self.autocast:
-                loss = self.model.losses(tokens, sentence, none, self.model.mask(sentence.clamp(max=0)), none[..., 0],
+                loss = self.model.losses(tokens, sentence, none, self.model.mask(sentence.clamp(max=0)),
                                          only=sentence == last)
             out[index] = loss.double().sum(1).cpu().numpy()
         return out
@@ -1430,5 +1428,4 @@ def load_decoder(path, device='cpu', dtype='float32', kind='decoder') -> Concept
     state = load_checkpoint(path, kind, device)
     decoder = Decoder(DecoderConfig(**state['config']))
     decoder.load_state_dict(state['model'])
-    return ConceptDecoder(decoder, load_tokenizer(state['tokenizer']), device, dtype, state['encoder_fingerprint'],
-                          state['prediction_sure'])
+    return ConceptDecoder(decoder, load_tokenizer(state['tokenizer']), device, dtype, state['encoder_fingerprint'])

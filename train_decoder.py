@@ -58,7 +58,7 @@ n_prefix = 2  # positions that carry the concept
 dropout = 0.0
 language_model = False  # True: no concept, and a token sees all that stands before it in its document's row
 concept_noise = 0.1  # length of the Gaussian noise added to a unit-norm concept while training
-concept_blur = 0.2  # share of sentences whose concept is mixed with noise and given as less sure: as predictions are
+concept_blur = 0.2  # share of sentences whose concept is mixed with noise and that much shorter: as predictions are
 concept_dropout = 0.1  # share of sentences written without their concept: what perplexity is compared with
 # optimizer: AdamW
 learning_rate = 6e-4
@@ -297,36 +297,18 @@ def inputs(tokens, sentence, document):
 
 
 def blurred(concepts):
-    """Concepts (B, S, D) as training gives them, and how sure each is (B, S): 1 but for a little noise, 0 for none.
+    """Concepts (B, S, D) as training gives them: with a little noise, or, a share concept_dropout, none: zeros.
 
-    A share `concept_blur` is given as predictions are: right by `sure` of its direction, the rest noise.
+    A share `concept_blur` is given as predictions are: right by `sure` of its direction, the rest noise, and that long.
     """
     if language_model:
-        return concepts, torch.zeros(concepts.shape[:2], device=concepts.device)
+        return concepts
     draw = torch.rand(2, *concepts.shape[:2], device=concepts.device)
     noise = torch.randn_like(concepts) / concepts.shape[-1] ** 0.5
     sure = torch.where(draw[0] < concept_blur, draw[1], 1.0)[..., None]
     share = torch.where(sure < 1, (1 - sure.square()).sqrt(), concept_noise)
-    mixed = sure * concepts + share * noise
-    none = draw[0] >= 1 - concept_dropout
-    return lib.unit(mixed), torch.where(none, 0.0, sure[..., 0])
-
-
-@torch.no_grad()
-def prediction_sure(n=4):
-    """How sure predictions are: the length at which, of unit norm, they come nearest to the concepts of n batches."""
-    ps, zs = [], []
-    for i in range(n):
-        tokens, sentence, document = to_device(train_data.batch(i, **rows, seed=seed))
-        words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
-        _, concepts = inputs(tokens, sentence, document)
-        with autocast:
-            p = jepa.predict_concepts(concepts, document) if jepa.config.context == 'concepts' else \
-                jepa.predict(tokens, words, document, jepa.masks(words, document)[1])
-        at = lib.pairs(document)
-        ps.append(lib.unit(p[:, :-1][at]))
-        zs.append(concepts[:, 1:][at])
-    return min(max(lib.fit_scale(torch.cat(ps), torch.cat(zs)).item(), 0.0), 1.0)
+    none = draw[0][..., None] >= 1 - concept_dropout
+    return torch.where(none, 0.0, sure * lib.unit(sure * concepts + share * noise))
 
 
 @torch.no_grad()
@@ -341,9 +323,8 @@ def evaluate():
         others = concepts.clone()
         others[used] = concepts[used].roll(1, 0)
         with autocast:
-            given = 0.0 if language_model else 1.0
-            for j, (c, sure) in enumerate(((concepts, given), (others, given), (concepts, 0.0))):
-                sums[j] += compiled(tokens, sentence, c, mask, torch.full(document.shape, sure, device=device)).double()
+            for j, c in enumerate((concepts, others, torch.zeros_like(concepts))):
+                sums[j] += compiled(tokens, sentence, c, mask).double()
         sums[3] += (sentence >= 0).sum() - (n_prefix - 1) * used.sum()
     model.train()
     sums = all_sum(sums)
@@ -378,7 +359,7 @@ def save(name):
         'kind': kind, 'config': asdict(model.config), 'model': model.state_dict(),
         'optimizer': optimizer.state_dict(), 'tokenizer': train_data.tokenizer_spec, 'settings': settings, 'step': step,
         'best_loss': best_loss, 'metrics_bytes': lib.settled(metrics_path), 'seen_tokens': seen_tokens,
-        'encoder_fingerprint': encoder_fingerprint, 'prediction_sure': predictions_are_sure})
+        'encoder_fingerprint': encoder_fingerprint})
 
 
 if master:
@@ -452,11 +433,11 @@ def run():
         parts = []
         for i, (tokens, sentence, document) in enumerate(batches):
             mask, concepts = inputs(tokens, sentence, document)
-            concepts, sure = blurred(concepts)
+            concepts = blurred(concepts)
             sync = nullcontext() if not ddp or i == len(batches) - 1 else parallel.no_sync()
             with sync:
                 with autocast:
-                    part = parallel(tokens, sentence, concepts, mask, sure) / max(seen, 1)
+                    part = parallel(tokens, sentence, concepts, mask) / max(seen, 1)
                 (part * world_size).backward()  # DDP averages over ranks, and seen counts all of them
             parts.append(part.detach())
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -489,7 +470,6 @@ def run():
 first_step, interrupted = step, 0
 model.train()
 try:
-    predictions_are_sure = 0.0 if language_model else prediction_sure()
     if master and step and not os.path.exists(checkpoint_path):  # the best one was all there was
         save(os.path.basename(checkpoint_path))
     stopped = run()

@@ -380,8 +380,8 @@ def neighbours(corpus, n):
         own, context_mask = masks(sentence, document)
         with autocast:
             z = model.whitening(target_means(tokens, sentence, document.shape[1], own))
-            p = lib.unit(model.predict_concepts(z, document) if context == 'concepts' else
-                         predict(tokens, sentence, document, context_mask))
+            p = model.predict_concepts(z, document) if context == 'concepts' else \
+                predict(tokens, sentence, document, context_mask)
         row, place = lib.pairs(document).nonzero(as_tuple=True)
         key = (i * len(tokens) + row) * document.shape[1] + document[row, place]
         parts.append((p[row, place], z[row, place + 1], z[row, place], key, place))
@@ -406,11 +406,13 @@ def evaluate():
     """Validation measures as a dict of floats, the same on all ranks; 'copy' is copy-last, the baseline."""
     model.eval()
     p, z, last, document, place = neighbours(train_data, max(eval_iters // 4, 1))
-    mean, scale, copy_scale = z.mean(0), lib.fit_scale(p, z), lib.fit_scale(last, z)
+    mean, copy_scale, scale = z.mean(0), lib.fit_scale(last, z), model.prediction_scale
+    scale.copy_(all_sum(lib.fit_scale(p, z)) / world_size)  # saved with the model
     p, z, last, document, place = neighbours(val_data, eval_iters)
     if all_sum((~(p.isfinite() & z.isfinite())).sum()):  # before a checkpoint is written
         stop(f'step {step}: predictions or concepts of the validation split are not finite. Checkpoints are older and '
              'whole; try a lower --learning_rate')
+    skill, p = lib.skill(p, z, mean, scale), lib.unit(p)
     rr, doc_rr, chance = reciprocal_ranks(p, z, document, place)
     copy_rr, doc_copy_rr, _ = reciprocal_ranks(last, z, document, place)
     other = torch.roll(torch.arange(len(z), device=z.device), len(z) // 2)
@@ -418,7 +420,7 @@ def evaluate():
     values = {
         'val_loss': (1 - (p * z).sum(1)).mean(), 'val_cos': (p * z).sum(1).mean(),
         'val_cos_unrelated': unrelated.mean() if len(unrelated) else torch.zeros(()),
-        'val_skill': lib.skill(p, z, mean, scale), 'val_copy_skill': lib.skill(last, z, mean, copy_scale),
+        'val_skill': skill, 'val_copy_skill': lib.skill(last, z, mean, copy_scale),
         'val_rank': lib.rank_me(z - z.mean(0)), 'val_mrr': rr.mean(), 'val_copy_mrr': copy_rr.mean(),
         'val_doc_mrr': doc_rr.mean(), 'val_doc_copy_mrr': doc_copy_rr.mean(), 'val_doc_chance': chance.mean(),
     }

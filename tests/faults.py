@@ -176,7 +176,8 @@ def assert_same(a, b, close=False):
             for i, pair in enumerate(zip(x, y)):
                 compare(*pair, f'{where}.{i}')
         elif isinstance(x, torch.Tensor):
-            assert torch.allclose(x.float(), y.float(), atol=5e-4) if close else torch.equal(x, y), where
+            far = 2e-3 if 'prediction_scale' in where else 5e-4  # that is measured, on more rows by more ranks
+            assert torch.allclose(x.float(), y.float(), atol=far) if close else torch.equal(x, y), where
         else:
             assert x == y, (where, x, y)
     # close: the moments of gradients near 0 are all rounding, and what evaluation measures depends on the ranks
@@ -757,10 +758,10 @@ def fuzz(work, cases=100_000):
             assert np.isfinite(encoder.predict(some)).all()
 
     def generate(given_):
-        concepts, temperature, top_k, top_p, sure = given_
+        concepts, temperature, top_k, top_p = given_
         concepts = np.array(concepts, np.float32)[:, None] * np.linspace(-1, 1, 32, dtype=np.float32)
         try:
-            out = decoder.generate(concepts, temperature, top_k, top_p, 5, sure=sure)
+            out = decoder.generate(concepts, temperature, top_k, top_p, 5)
         except ValueError:
             assert not np.isfinite(concepts).all()
         else:
@@ -845,7 +846,7 @@ def fuzz(work, cases=100_000):
         parquet: (0.07, st.tuples(columns, st.one_of(st.none(), st.integers(0, 5000)))),
         setting: (0.13, st.lists(argument, max_size=4)),
         encode: (0.01, st.lists(text, max_size=4)),
-        generate: (0.01, st.tuples(st.lists(number, max_size=3), st.floats(0, 1e6), st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1)))}
+        generate: (0.01, st.tuples(st.lists(number, max_size=3), st.floats(0, 1e6), st.integers(0, 10**6), st.floats(0, 1)))}
     found = []
     for check, (part, strategy) in share.items():
         n, began = max(int(cases * part), 20), time.time()

@@ -363,7 +363,7 @@ def test_perplexity_is_a_loop_over_single_sentences(trained):
     together = decoder.nll(ids, z, batch_size=3)
     net, config = decoder.model, decoder.model.config
     for i, sentence in enumerate(ids):
-        x = torch.cat((net.prefixes(torch.from_numpy(z[i:i + 1]), None), net.embedding(torch.tensor(sentence)[None])), 1)
+        x = torch.cat((net.prefixes(torch.from_numpy(z[i:i + 1])), net.embedding(torch.tensor(sentence)[None])), 1)
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         rope = lib.rotary(torch.arange(x.shape[1]), net.head_dim)
         for block in net.blocks:
@@ -388,7 +388,7 @@ def test_a_language_model_reads_what_stands_before(trained):
         sentence = torch.from_numpy(np.repeat(np.arange(len(parts)), [len(s) for s in parts]))[None]
         none = torch.zeros(1, len(parts), 32)
         with torch.no_grad():
-            loss = writer.model.losses(tokens, sentence, none, torch.ones(len(tokens[0]), len(tokens[0])).tril().bool(), none[..., 0])
+            loss = writer.model.losses(tokens, sentence, none, torch.ones(len(tokens[0]), len(tokens[0])).tril().bool())
         assert together[i] == pytest.approx(loss[0, -len(parts[-1]):].sum().item(), rel=1e-4)
     assert writer.nll_in_context(ids[:1], [[ids[2]]])[0] != pytest.approx(together[0], rel=1e-4)
     assert writer.nll_in_context(ids[2:], [[]])[0] == pytest.approx(writer.nll(ids[2:])[0], rel=1e-4)

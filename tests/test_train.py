@@ -27,7 +27,8 @@ def weights(path):
 def assert_equal(a, b, close=False):
     for key, value in a['model'].items():
         if close:
-            assert torch.allclose(value.float(), b['model'][key].float(), atol=2e-4), key
+            far = 2e-3 if key == 'prediction_scale' else 2e-4  # evaluation measures it, on more rows by more ranks
+            assert torch.allclose(value.float(), b['model'][key].float(), atol=far), key
         else:
             assert torch.equal(value, b['model'][key]), key
 

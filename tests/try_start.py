@@ -165,7 +165,7 @@ def variants(train, val, pairs_of_sts, tokens, seed, dim):
         return concepts(z, mean_w), concepts(z_val, mean_w), sts
 
     def judged(z, z_val, p, p_val, sts, at=train.pairs):
-        return [*measure(p_val, z_val, val, evaluate.fit_scale(p[at], z[at + 1]), z.mean(0)), sts]
+        return [*measure(p_val, z_val, val, lib.fit_scale(p[at], z[at + 1]), z.mean(0)), sts]
 
     def ahead(z, fade=0.4, unit=False):
         return [evaluate.unit(p) if unit else p for p in (fading(z[0], train.document, fade), fading(z[1], val.document, fade))]
