@@ -381,6 +381,15 @@ def not_finite(step, parts, what='loss'):
     stop(f'step {step}: {said}. Checkpoints are older and whole; try a lower --learning_rate')
 
 
+def look_at(last):
+    """Stop where the last step, (step, gradient norm, loss of its micro-batches), was not finite.
+
+    Asked once the GPU has more to do, which need not wait for the answer, and before anything is logged or saved.
+    """
+    if last and not last[1].isfinite():  # the same on all ranks
+        not_finite(last[0], last[2])
+
+
 def report(v, minutes):
     """Say what the evaluation `v` found and how long is left; keep it, and checkpoints of all but the first one."""
     global best_loss
@@ -404,8 +413,10 @@ def run():
     bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
     start = since = time.time()
     tokens_since = 0
-    stopping = False
+    stopping, last = False, None
     while True:
+        if stopping or step % eval_interval == 0 or step == max_iters:
+            look_at(last)
         if step % eval_interval == 0 or step == max_iters:
             began, values = time.time(), evaluate()
             if master:
@@ -430,9 +441,11 @@ def run():
         # counted on the CPU: the GPU is not waited for
         places = sum((b['sentence'] >= 0).sum() - (n_prefix - 1) * (b['document'] >= 0).sum() for b in arrays)
         seen, stopping = all_sum(torch.tensor([places, int(bool(interrupted))])).tolist()
+        given = [inputs(*batch) for batch in batches]
+        look_at(last)
+        optimizer.zero_grad(set_to_none=True)
         parts = []
-        for i, (tokens, sentence, document) in enumerate(batches):
-            mask, concepts = inputs(tokens, sentence, document)
+        for i, ((tokens, sentence, _), (mask, concepts)) in enumerate(zip(batches, given)):
             concepts = blurred(concepts)
             sync = nullcontext() if not ddp or i == len(batches) - 1 else parallel.no_sync()
             with sync:
@@ -441,16 +454,16 @@ def run():
                 (part * world_size).backward()  # DDP averages over ranks, and seen counts all of them
             parts.append(part.detach())
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if not norm.isfinite():  # the same on all ranks; before it reaches weights, moments and checkpoints
-            not_finite(step, parts)
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm)
+        # what is not finite by itself is to be told from what the norm would make so
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm.nan_to_num())
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        last = step, norm, parts
         step += 1
 
         seen_tokens, tokens_since = seen_tokens + seen, tokens_since + seen
         bar.update(1)
         if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters:
+            look_at(last)
             total = all_sum(torch.stack([torch.stack(parts).sum(), norm])).tolist()
             if not math.isfinite(total[0]):
                 not_finite(step - 1, parts)

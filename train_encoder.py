@@ -486,6 +486,15 @@ def not_finite(step, parts, what='loss'):
     stop(f'step {step}: {said}. Checkpoints are older and whole; try a lower --learning_rate')
 
 
+def look_at(last):
+    """Stop where the last step, (step, gradient norm, loss of its micro-batches), was not finite.
+
+    Asked once the GPU has more to do, which need not wait for the answer, and before anything is logged or saved.
+    """
+    if last and not last[1].isfinite():  # the same on all ranks
+        not_finite(last[0], last[2])
+
+
 def report(v, minutes):
     """Say what the evaluation `v` found and how long is left; keep it, and checkpoints of all but the first one."""
     global best_mrr
@@ -513,8 +522,10 @@ def run():
     bar = tqdm(total=max_iters, initial=step, unit='step', disable=not (master and sys.stderr.isatty()))
     start = since = time.time()
     tokens_since = pairs_since = 0
-    stopping = False
+    stopping, last = False, None
     while True:
+        if stopping or step % eval_interval == 0 or step == max_iters:
+            look_at(last)
         if step % eval_interval == 0 or step == max_iters:
             began, values = time.time(), evaluate()
             if master:
@@ -541,6 +552,8 @@ def run():
         views = [masks(s, d) for _, s, d in batches]
         with torch.no_grad(), autocast:
             zs = [target_means(t, s, d.shape[1], own) for (t, s, d), (own, _) in zip(batches, views)]
+        look_at(last)
+        model.zero_grad(set_to_none=True)
         mean = measure(zs, arrays)[0] if whiten else None
         if whiten and step % whiten_interval == 0:
             if not model.whitening.cov.isfinite().all():  # the same on all ranks
@@ -562,12 +575,11 @@ def run():
                 (part * world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
             parts[i] = part.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if not norm.isfinite():  # the same on all ranks; before it reaches weights, moments and checkpoints
-            not_finite(step, parts)
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm)
+        # what is not finite by itself is to be told from what the norm would make so
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm.nan_to_num())
         for o in optimizers:
             o.step()
-        model.zero_grad(set_to_none=True)
+        last = step, norm, parts
         ema = lib.momentum_at(step, max_iters, ema_start, ema_end) if target == 'ema' else 0.0
         model.update_target(ema)
         step += 1
@@ -576,6 +588,7 @@ def run():
         tokens_since, pairs_since = tokens_since + seen, pairs_since + n_pairs
         bar.update(1)
         if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters:
+            look_at(last)
             total = all_sum(torch.stack([torch.stack(parts).sum(), norm.to(device)])).tolist()
             if not math.isfinite(total[0]):
                 not_finite(step - 1, parts)

@@ -1,5 +1,6 @@
 """model.py: masks, leaks, whitening, objectives, measures, decoder, checkpoints."""
 
+import contextlib
 from functools import partial
 
 import numpy as np
@@ -595,6 +596,31 @@ def test_a_run_is_compiled_once(corpus_dir):
     assert graphs[0] >= 3
     assert graphs[1] == graphs[-1]  # the first evaluation, without gradients, is a graph of its own
     assert not counters['graph_break']
+
+
+@pytest.mark.parametrize('switches', [{}, {'loss': 'mse'}, {'loss': 'infonce'}, {'reg': 'vicreg'}, {'reg': 'sigreg'}, {'target': 'shared'}], ids=str)
+def test_a_step_leaves_its_device_alone(batch, switches, monkeypatch):
+    """No tensor of the CPU comes in, and no value is waited for: on the device 'meta', which has no values to give."""
+    monkeypatch.setattr(torch, 'autocast', lambda *a, **k: contextlib.nullcontext())  # unknown to that device
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind: False)
+    tokens, sentence, document = (x.to('meta') for x in batch)
+    for net in (jepa(), jepa('tokens'), several()):
+        net.to('meta').objective = lib.Objective(**switches)
+        if net.config.context == 'tokens' and switches.get('target'):
+            continue
+        own, context = net.masks(sentence, document)
+        z = net.target_means(tokens, sentence, document.shape[1], own)
+        mean, cov, _ = lib.moments(z.flatten(0, 1))
+        net.whitening.update(mean, cov)
+        net.whitening.refresh()
+        net(tokens, sentence, document, net.whitening(z, mean), context).backward()
+        net.update_target(0.9)
+    writer = decoder().to('meta')
+    writer(tokens, sentence, net.whitening(z), writer.mask(sentence)).backward()
+    assert all(p.grad.device.type == 'meta' for n in (net.encoder, net.predictor, writer) for p in n.parameters())
+    net.token_weight = torch.ones(400)  # what this would find
+    with pytest.raises(RuntimeError, match='device'):
+        net.target_means(tokens, sentence, document.shape[1], own)
 
 
 def test_running_sum_equals_a_loop():
