@@ -688,9 +688,9 @@ def text(s):
                'copy-last': [s.text(s.items.sentences[i - 1]) for i in s.items.target[at]]}
     out = {'text': {name: text_scores(texts, truth) for name, texts in s.texts.items()}}
     short = [i for i, t in enumerate(s.items.target[at]) if len(s.items.sentences[t]) <= 32]
-    if short:
-        out['text'][f'reconstruct, 32 tokens at most ({len(short)})'] = text_scores(
-            *([texts[i] for i in short] for texts in (rebuilt, truth)))
+    for name in ('reconstruct', 'reconstruct, shuffled concept') if short else ():
+        scores = text_scores(*([texts[i] for i in short] for texts in (s.texts[name], truth)))
+        out['text'][f'{name}, of 32 tokens at most'] = scores | {'sentences': len(short)}
     if s.judged_by:
         said = s.judged_by(truth)
         out['judge'] = {name: cells('cosine', bootstrap(cosine(s.judged_by(texts), said), s.document[at]))
@@ -699,7 +699,7 @@ def text(s):
     gap = np.linalg.norm(again['D(p)'] - s.z[at], axis=1) - np.linalg.norm(unit(s.p[at]) - s.z[at], axis=1)
     out['round trip'] = {'cos(E(D(z)), z)': {'model': float(cosine(again['D(z)'], s.z[at]).mean()),
                                              'shuffled': float(cosine(again['D(z)'], s.z[at][shuffled]).mean())},
-                         '‖E(D(p)) − z‖ − ‖p − z‖': {'model': float(gap.mean())}}
+                         '‖E(D(p)) − z‖ − ‖p − z‖, p of unit norm': {'model': float(gap.mean())}}
     return out
 
 

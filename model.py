@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 FORMAT = 5  # of checkpoints
 HEAD_CHUNK = 1024  # positions whose logits are held at once in training
+READ = 9  # predictions are scaled by how many sentences were read: 1, 2, ... 8, more
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -643,7 +644,7 @@ class JEPA(nn.Module):
         self.whitening = Whitening(config.n_embd)
         self.objective = Objective()
         self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a sentence's mean: see sif_weights
-        self.register_buffer('prediction_scale', torch.ones(()))  # what brings predictions to concepts' length
+        self.register_buffer('prediction_scale', torch.ones(READ))  # see the function of that name
 
     def train(self, mode=True):
         super().train(mode)
@@ -674,7 +675,8 @@ class JEPA(nn.Module):
     def predict_concepts(self, concepts, document, each=False):
         """As predict, from unit-norm concepts (B, S, D): how a model of context='concepts' is used after training.
 
-        Of several hypotheses it gives the mean, weighted by how likely each is, or `each` of them: (B, S, k, D).
+        Of several hypotheses it gives the mean, weighted by how likely each is and by its length, or `each` of them:
+        (B, S, k, D).
         """
         p = self.predictor(concepts * concepts.shape[-1] ** 0.5, document).float()
         if not self.hypotheses:
@@ -786,6 +788,22 @@ def fit_scale(p, z):
     Fitted on train pairs, used on validation.
     """
     return (p * z).sum() / ((p * p).sum() + 1e-12)
+
+
+def prediction_scale(p, z, read, reduce=lambda x: x):
+    """What predictions p (n, D) are multiplied with, so that their lengths say how sure they are: (READ,).
+
+    z (n, D) is what came, read (n,) how many sentences each was made of. A mean of few is longer than one of many, and
+    no surer: predictions are divided by the mean length of those made of as many, and all then multiplied with the
+    scalar that brings them nearest to z. `reduce` sums a tensor over all ranks.
+    """
+    made_of = F.one_hot(read.clamp(max=READ) - 1, READ).float()
+    length = p.norm(dim=-1)
+    total, n = reduce(torch.stack((length @ made_of, made_of.sum(0))))
+    mean = torch.where(n > 0, total / n.clamp(min=1), total.sum() / n.sum().clamp(min=1)).clamp(min=1e-12)
+    q = p / (made_of @ mean)[:, None]
+    along, square = reduce(torch.stack(((q * z).sum(), q.square().sum())))
+    return (along / square.clamp(min=1e-12)).clamp(min=1e-6) / mean  # never turned round
 
 
 def skill(p, z, mean, scale):
@@ -1225,7 +1243,7 @@ class SentenceEncoder:
     @staticmethod
     def similarity(a, b):
         """Cosines (n, m) of concepts a (n, d) and b (m, d), predictions or not: a tensor."""
-        return unit(torch.as_tensor(a)) @ unit(torch.as_tensor(b)).T
+        return unit(torch.as_tensor(a)) @ unit(torch.atleast_2d(torch.as_tensor(b))).T
 
     @staticmethod
     def similarity_pairwise(a, b):
@@ -1260,8 +1278,8 @@ class SentenceEncoder:
     def predict(self, sentences) -> np.ndarray:
         """The concept expected after `sentences` (a list of str, oldest first): float32 (d,).
 
-        Its length, mostly under 1, says how sure it is, as ConceptDecoder reads it: at that length predictions come
-        nearest to the concepts of training. Raises ValueError on an empty list.
+        Its length, mostly under 1, says how sure it is, as ConceptDecoder reads it (prediction_scale). Raises
+        ValueError on an empty list.
         """
         if not sentences:
             raise ValueError('predict needs at least one sentence')
@@ -1295,7 +1313,8 @@ class SentenceEncoder:
     def roll(self, concepts, windows, batch_size=256, each=False) -> np.ndarray:
         """As predict_windows, from concepts (n, d), predictions among them or not: needs context='concepts'.
 
-        Whatever their length, all count alike. With `each` all hypotheses: (n, k, d).
+        Whatever their length, all count alike; fed back, predictions grow longer, and no surer. With `each` all
+        hypotheses: (n, k, d).
         """
         if self.model.config.context != 'concepts':
             raise ValueError("this model reads tokens (context='tokens'): it cannot be rolled forward without text")
@@ -1314,7 +1333,9 @@ class SentenceEncoder:
     def _last(self, p, document):
         """Of predictions p (B, S, ..., D), those after each row's last sentence, to scale, as numpy (B, ..., D)."""
         last = (document >= 0).sum(1) - 1
-        return (self.model.prediction_scale * p[torch.arange(len(p), device=p.device), last]).float().cpu().numpy()
+        p = p[torch.arange(len(p), device=p.device), last]
+        scale = self.model.prediction_scale[last.clamp(max=READ - 1)].view(-1, *[1] * (p.dim() - 1))
+        return (scale * p).float().cpu().numpy()
 
 
 class ConceptDecoder:

@@ -373,7 +373,8 @@ def lr_at(step):
 
 @torch.no_grad()
 def neighbours(corpus, n):
-    """Of the pairs in n batches: predictions, true next and last concepts (pairs, D); documents, places (pairs,)."""
+    """Of the pairs in n batches: predictions, true next and last concepts (pairs, D); documents, places in the row, and
+    how many sentences were read (pairs,)."""
     parts = []
     for i in range(n):
         tokens, sentence, document = to_device(corpus.batch(i, **rows, rank=rank, world_size=world_size))
@@ -384,7 +385,8 @@ def neighbours(corpus, n):
                 predict(tokens, sentence, document, context_mask)
         row, place = lib.pairs(document).nonzero(as_tuple=True)
         key = (i * len(tokens) + row) * document.shape[1] + document[row, place]
-        parts.append((p[row, place], z[row, place + 1], z[row, place], key, place))
+        read = lib.place_in_sentence(document) + 1  # of a document, here
+        parts.append((p[row, place], z[row, place + 1], z[row, place], key, place, read[row, place]))
     return [torch.cat(x) for x in zip(*parts)]
 
 
@@ -405,14 +407,15 @@ def reciprocal_ranks(p, z, document, place):
 def evaluate():
     """Validation measures as a dict of floats, the same on all ranks; 'copy' is copy-last, the baseline."""
     model.eval()
-    p, z, last, document, place = neighbours(train_data, max(eval_iters // 4, 1))
-    mean, copy_scale, scale = z.mean(0), lib.fit_scale(last, z), model.prediction_scale
-    scale.copy_(all_sum(lib.fit_scale(p, z)) / world_size)  # saved with the model
-    p, z, last, document, place = neighbours(val_data, eval_iters)
+    p, z, last, _, _, read = neighbours(train_data, max(eval_iters // 2, 1))
+    mean, copy_scale = z.mean(0), lib.fit_scale(last, z)
+    model.prediction_scale.copy_(lib.prediction_scale(p, z, read, all_sum))  # saved with the model
+    p, z, last, document, place, read = neighbours(val_data, eval_iters)
+    p = p * model.prediction_scale[read.clamp(max=lib.READ) - 1, None]
     if all_sum((~(p.isfinite() & z.isfinite())).sum()):  # before a checkpoint is written
-        stop(f'step {step}: predictions or concepts of the validation split are not finite. Checkpoints are older and '
-             'whole; try a lower --learning_rate')
-    skill, p = lib.skill(p, z, mean, scale), lib.unit(p)
+        stop(f'step {step}: predictions or concepts are not finite. Checkpoints are older and whole; try a lower '
+             '--learning_rate')
+    skill, p = lib.skill(p, z, mean, 1.0), lib.unit(p)
     rr, doc_rr, chance = reciprocal_ranks(p, z, document, place)
     copy_rr, doc_copy_rr, _ = reciprocal_ranks(last, z, document, place)
     other = torch.roll(torch.arange(len(z), device=z.device), len(z) // 2)

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet --requirement requirements.txt --requirement tests/requirements.txt
 .venv/bin/python -m ruff check .
-.venv/bin/python -m pytest -q tests "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile tests "$@"

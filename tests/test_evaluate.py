@@ -321,6 +321,10 @@ def test_the_whole_evaluation(trained, tmp_path):
     assert 0 < ahead['text, 8']['distinct-2'] <= 1
     nats = metrics['metrics']['perplexity']
     assert nats['no concept']['information'] == 0
+    assert metrics['metrics']['text']['reconstruct, of 32 tokens at most']['sentences'] <= 20
+    encoder = lib.load_encoder(trained)
+    told = [np.linalg.norm(encoder.predict(['The river number 3 stood near.'] * n)) for n in (1, 2, 8, 20)]
+    assert 0.1 < min(told) < max(told) < 0.9, 'a prediction is less sure than a sentence'
     assert nats['language model, reading the window']['nats per token'] > 0
     assert nats['D(z)']['perplexity'] == pytest.approx(np.exp(nats['D(z)']['nats per token']))
     run('evaluate.py', *arguments)

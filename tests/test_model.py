@@ -239,6 +239,24 @@ def test_a_constant_model_scores_nothing():
     assert lib.skill(z, true, true.mean(0), lib.fit_scale(z, true)) <= 0
 
 
+def test_the_scale_of_predictions():
+    """Those made of few sentences come out no longer than those of many; at that length no other fits better."""
+    torch.manual_seed(0)
+    z, read = lib.unit(torch.randn(3000, 16)), torch.randint(1, 15, (3000,))
+    sure = torch.rand(3000, 1)
+    p = (sure * z + 0.2 * torch.randn(3000, 16)) * 5 / read[:, None] ** 0.5
+    scale = lib.prediction_scale(p, z, read)
+    p = p * scale[read.clamp(max=lib.READ) - 1, None]
+    length = p.norm(dim=-1)
+    means = torch.stack([length[read == k].mean() for k in range(1, lib.READ)])
+    assert torch.allclose(means, means[0].expand(lib.READ - 1), rtol=1e-4)
+    assert lib.fit_scale(p, z).item() == pytest.approx(1, abs=1e-4)
+    assert torch.corrcoef(torch.stack((length, sure[:, 0])))[0, 1] > 0.5
+    few = lib.prediction_scale(p[:1], z[:1], read[:1])
+    assert few.isfinite().all()
+    assert (lib.prediction_scale(-p, z, read) > 0).all(), 'a prediction is never turned round'
+
+
 def test_ranks_against_brute_force():
     torch.manual_seed(2)
     p, z, allowed = torch.randn(40, 6), torch.randn(30, 6), torch.rand(40, 30) > 0.4
@@ -471,7 +489,10 @@ def test_how_sure_a_concept_is(batch):
     def losses(concepts):
         with torch.no_grad():
             return net.losses(tokens, sentence, concepts, net.mask(sentence))
-    assert torch.equal(losses(0 * c), losses(-0.0 * c))
+    assert torch.equal(net.prefixes(0 * c[0, :1]).flatten(), net.no_concept)
+    x, said = torch.randn(2, 1, 32)
+    assert torch.equal(net.head_input(x, 0 * c[0, :1], said), net.norm(x))
+    assert torch.allclose(losses(1e-6 * c), losses(0 * c), atol=1e-4)
     assert torch.allclose(losses(c), losses(3 * c), atol=1e-4)
     near, far = ((losses(s * c) - losses(0 * c)).abs().sum() for s in (0.1, 1.0))
     assert 0 < near < far
@@ -647,9 +668,9 @@ def test_windows_equal_packed_rows(corpus_dir, context):
     sentence = torch.from_numpy(np.repeat(np.arange(len(sentences)), [len(s) for s in sentences]))[None]
     with torch.no_grad():
         packed = predict(net, tokens, sentence, torch.zeros(1, len(sentences), dtype=torch.long))[0]
-    net.prediction_scale.fill_(1 / packed.norm(dim=-1).mean())
+    net.prediction_scale.copy_(1 / (torch.arange(lib.READ) + packed.norm(dim=-1).mean()))
     windows = encoder.predict_windows(sentences, [(0, n) for n in range(1, len(sentences) + 1)], batch_size=2)
-    assert np.allclose(windows, net.prediction_scale * packed, atol=1e-5)
+    assert np.allclose(windows, net.prediction_scale[:len(packed), None] * packed, atol=1e-5)
 
 
 def test_encode_keeps_the_order_and_the_batch_does_not_matter(corpus_dir):
