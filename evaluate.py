@@ -4,7 +4,7 @@
     python evaluate.py --out_dir=out/demo --prompt="He went up to the city. The gates were shut." --steps=3
     python evaluate.py --out_dir=out/demo --interpolate="He went up to the city. || The gates were shut."
 
-All on the validation split. PARTS, below, lists what is measured; ties take the worst rank, so that a constant model
+All on the validation split. PARTS lists what is measured; ties take the worst rank, so that a constant model
 scores nothing.
 """
 
@@ -741,6 +741,9 @@ NOTES = {  # what works and what has collapsed, below the section's table
                            '(dev), SimCSE 76.9 (test).',
     'rollout, sentences ahead': 'Predictions fed back, as they are and as text; copy-last is the last sentence read.',
     'best of several': 'Used: exp of the entropy of which is the best. Others are as far from their mean, in cosine.',
+    'text': "Reconstruct: from the sentence's own concept; predict: from the one predicted. No concept: the likeliest "
+            'sentence against every truth. Of 32 tokens at most: where the true sentence is that short.',
+    'round trip': 'Of what was written, read again. Second row: how much further from the truth than p at length 1 is.',
     'judge': 'Cosine of the judge encoder between the true sentence and what was written.',
     'perplexity': 'Works: concept below none below shuffled. Information: nats per token, none less given.'}
 
@@ -1021,7 +1024,7 @@ def main():
     sections = evaluate(s)
     word, rule, beaten = verdict(sections)
     table = markdown(sections)
-    behind = f'Baselines ahead of the model: {"; ".join(beaten) or "none"}.'
+    behind = f'Baselines ahead of the model, by however little: {"; ".join(beaten) or "none"}.'
     counts = ', '.join(f'{v:,} {k}' for k, v in s.counts.items())
     metrics = {'verdict': word, 'rule': rule, 'ahead of the model': beaten, 'counts': s.counts, 'metrics': sections,
                'settings': settings}

@@ -1176,8 +1176,8 @@ def checkpoint_to_resume(path, kind, settings, device) -> dict | None:
     differ = sorted(k for k in settings.keys() & state['settings'].keys()  # a setting may have come since
                     if settings[k] != state['settings'][k])
     if not told and differ:
-        raise ValueError(f"'{path}' exists, of a run with other settings ({', '.join(differ)}): go on with "
-                         '--init_from=resume, or choose another --out_dir')
+        raise ValueError(f"'{path}' exists, of a run with other settings ({', '.join(differ)}): choose "
+                         'another --out_dir, or go on with --init_from=resume where the architecture is the same')
     settings['init_from'] = state['settings']['init_from']
     return state
 

@@ -36,7 +36,7 @@ from prepare import Corpus, Mistake, hold, write_json
 # Settings: override with a preset (config/decoder_*.py) and --name=value
 # in and out
 data_dir = ''  # what prepare.py wrote; '': what the encoder was trained on
-out_dir = 'out/fineweb'
+out_dir = 'out/fineweb'  # the encoder's, for the checkpoints and metrics_decoder.csv
 encoder_path = ''  # a checkpoint, or the out_dir of one; '': out_dir
 init_from = 'scratch'  # 'resume': with other settings than before
 eval_interval = 500  # steps between evaluations, each followed by a checkpoint

@@ -1,6 +1,6 @@
 """Train encoder and predictor: from the sentences so far, the embedding of the next one.
 
-    python train_encoder.py config/encoder_demo.py --learning_rate=5e-4
+    python train_encoder.py config/encoder_demo.py --learning_rate=5e-4 --out_dir=out/slower
     torchrun --nproc_per_node=8 train_encoder.py config/encoder_fineweb.py
     python train_encoder.py config/encoder_demo.py --max_iters=900 --init_from=resume     the same command needs no flag
 
@@ -35,7 +35,7 @@ from prepare import Corpus, Mistake, hold, write_json
 # Settings: override with a preset (config/encoder_*.py) and --name=value
 # in and out
 data_dir = 'data/fineweb-edu'  # what prepare.py wrote
-out_dir = 'out/fineweb'
+out_dir = 'out/fineweb'  # for the checkpoints, metrics.csv and config.json
 init_from = 'scratch'  # or 'hf:<name or folder>': of transformers; 'resume': with other settings than before
 eval_interval = 500  # steps between evaluations, each followed by a checkpoint
 log_interval = 10  # steps between lines in metrics.csv
@@ -51,7 +51,7 @@ gradient_accumulation_steps = 1  # micro-batches a step, shared among the ranks
 # model
 n_layer = 12
 n_head = 12
-n_embd = 768
+n_embd = 768  # width of states and concepts
 predictor_layer = 4
 fade = 0.4  # a sentence counts exp(-fade) times as much to the predictor as the one after it, at first
 hypotheses = 1  # concepts predicted for the next sentence; the best of several learns, their weighted mean is used

@@ -309,7 +309,7 @@ def test_the_whole_evaluation(trained, tmp_path):
     assert metrics['verdict'] in ('learns', 'topic only', 'collapsed')
     assert metrics['verdict'] in done.stdout
     assert report.count('**context**') == report.count('**language model**') == 3
-    assert report.startswith(f"# {metrics['verdict']}\n\nBaselines ahead of the model: ")
+    assert report.startswith(f"# {metrics['verdict']}\n\nBaselines ahead of the model, by however little: ")
     assert report.rstrip().splitlines()[-1].startswith(f"**{metrics['verdict']}**: ")
     for name in ('retrieval', 'spectrum', 'cosines', 'horizon', 'training_encoder', 'training_decoder', 'map'):
         name += '.png'
