@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
-FORMAT = 5  # of checkpoints
+FORMAT = 6  # of checkpoints
 HEAD_CHUNK = 1024  # positions whose logits are held at once in training
 READ = 9  # predictions are scaled by how many sentences were read: 1, 2, ... 8, more
 
@@ -1191,6 +1191,19 @@ def not_finite(model, sums, documents, what='loss') -> str:
     named = f"that of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else 'none by itself'
     return (f'{what} {sums.sum():.3g}' + (f', gradients not finite: {named}' if gradients else '')
             + f'; training documents {sorted(set().union(*map(documents, bad)))}')
+
+
+def asked(x):
+    """A function that gives the value of x, a tensor of one element, and waits for no work queued after this call."""
+    value, done = x.to('cpu', non_blocking=True), torch.cuda.Event() if x.is_cuda else None
+    if done:
+        done.record()
+
+    def answer():
+        if done:
+            done.synchronize()
+        return value.item()
+    return answer
 
 
 def settled(path) -> int:

@@ -382,11 +382,11 @@ def not_finite(step, parts, what='loss'):
 
 
 def look_at(last):
-    """Stop where the last step, (step, gradient norm, loss of its micro-batches), was not finite.
+    """Stop where the last step, (step, whether its gradients are finite, loss of its micro-batches), was not finite.
 
     Asked once the GPU has more to do, which need not wait for the answer, and before anything is logged or saved.
     """
-    if last and not last[1].isfinite():  # the same on all ranks
+    if last and not last[1]():  # the same on all ranks
         not_finite(last[0], last[2])
 
 
@@ -454,10 +454,11 @@ def run():
                 (part * world_size).backward()  # DDP averages over ranks, and seen counts all of them
             parts.append(part.detach())
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        finite = lib.asked(norm.isfinite())
         # what is not finite by itself is to be told from what the norm would make so
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm.nan_to_num())
         optimizer.step()
-        last = step, norm, parts
+        last = step, finite, parts
         step += 1
 
         seen_tokens, tokens_since = seen_tokens + seen, tokens_since + seen

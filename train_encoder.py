@@ -490,11 +490,11 @@ def not_finite(step, parts, what='loss'):
 
 
 def look_at(last):
-    """Stop where the last step, (step, gradient norm, loss of its micro-batches), was not finite.
+    """Stop where the last step, (step, whether its gradients are finite, loss of its micro-batches), was not finite.
 
     Asked once the GPU has more to do, which need not wait for the answer, and before anything is logged or saved.
     """
-    if last and not last[1].isfinite():  # the same on all ranks
+    if last and not last[1]():  # the same on all ranks
         not_finite(last[0], last[2])
 
 
@@ -578,11 +578,12 @@ def run():
                 (part * world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
             parts[i] = part.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        finite = lib.asked(norm.isfinite())
         # what is not finite by itself is to be told from what the norm would make so
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm.nan_to_num())
         for o in optimizers:
             o.step()
-        last = step, norm, parts
+        last = step, finite, parts
         ema = lib.momentum_at(step, max_iters, ema_start, ema_end) if target == 'ema' else 0.0
         model.update_target(ema)
         step += 1

@@ -601,7 +601,7 @@ class Payload:
 
 def pickle_with_code(path):
     import pickle
-    return pickle.dumps({'format': 5, 'kind': 'encoder', 'model': Payload(path)})
+    return pickle.dumps({'format': 6, 'kind': 'encoder', 'model': Payload(path)})
 
 
 def saved_with_code(path):
@@ -609,7 +609,7 @@ def saved_with_code(path):
 
     import torch
     out = io.BytesIO()
-    torch.save({'format': 5, 'kind': 'encoder', 'model': Payload(path)}, out)
+    torch.save({'format': 6, 'kind': 'encoder', 'model': Payload(path)}, out)
     return out.getvalue()
 
 
