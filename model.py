@@ -684,6 +684,10 @@ class JEPA(nn.Module):
         found, logits = self.hypotheses(p)
         return found if each else (logits.softmax(-1)[..., None] * found).sum(-2)
 
+    def scaled(self, p, read):
+        """Predictions p (n, ..., D), each made of `read` (n,) sentences, at the length that says how sure they are."""
+        return self.prediction_scale[read.clamp(max=READ) - 1].view(-1, *[1] * (p.dim() - 1)) * p
+
     def next_loss(self, context, concepts, document):
         """Loss (B, S - 1) of what is predicted from context (B, S, D), given what comes, concepts (B, S, D)."""
         kind, p = self.objective.loss, self.predictor(context * context.shape[-1] ** 0.5, document).float()
@@ -969,15 +973,19 @@ class Decoder(nn.Module):
         """What tokens (...) add to `said`: (..., n_embd)."""
         return self.embedding(tokens) * self.token_weight[tokens][..., None]
 
+    def split(self, concepts):
+        """Direction (..., concept_dim), sqrt(concept_dim) long, and length (..., 1), 1 at most, of concepts."""
+        return unit(concepts) * self.config.concept_dim ** 0.5, concepts.norm(dim=-1, keepdim=True).clamp(max=1)
+
     def head_input(self, x, concepts, said):
         """What the head reads (..., n_embd): of x, what leaves the last block, concepts and `said`."""
-        sure = concepts.norm(dim=-1, keepdim=True).clamp(max=1)
-        return self.norm(x) + sure * (self.direct(unit(concepts) * self.config.concept_dim ** 0.5) - self.spent * said)
+        says, sure = self.split(concepts)
+        return self.norm(x) + sure * (self.direct(says) - self.spent * said)
 
     def prefixes(self, concepts):
         """Concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional one where the length is 0."""
-        sure = concepts.norm(dim=-1, keepdim=True).clamp(max=1)
-        x = self.prefix(unit(concepts) * self.config.concept_dim ** 0.5).float()  # the residual stream is fp32
+        says, sure = self.split(concepts)
+        x = self.prefix(says).float()  # the residual stream is fp32
         return torch.lerp(self.no_concept, x, sure).unflatten(-1, (self.config.n_prefix, self.config.n_embd))
 
     @staticmethod
@@ -1345,10 +1353,9 @@ class SentenceEncoder:
 
     def _last(self, p, document):
         """Of predictions p (B, S, ..., D), those after each row's last sentence, to scale, as numpy (B, ..., D)."""
-        last = (document >= 0).sum(1) - 1
-        p = p[torch.arange(len(p), device=p.device), last]
-        scale = self.model.prediction_scale[last.clamp(max=READ - 1)].view(-1, *[1] * (p.dim() - 1))
-        return (scale * p).float().cpu().numpy()
+        read = (document >= 0).sum(1)
+        p = p[torch.arange(len(p), device=p.device), read - 1]
+        return self.model.scaled(p, read).float().cpu().numpy()
 
 
 class ConceptDecoder:

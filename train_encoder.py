@@ -411,7 +411,7 @@ def evaluate():
     mean, copy_scale = z.mean(0), lib.fit_scale(last, z)
     model.prediction_scale.copy_(lib.prediction_scale(p, z, read, all_sum))  # saved with the model
     p, z, last, document, place, read = neighbours(val_data, eval_iters)
-    p = p * model.prediction_scale[read.clamp(max=lib.READ) - 1, None]
+    p = model.scaled(p, read)
     if all_sum((~(p.isfinite() & z.isfinite())).sum()):  # before a checkpoint is written
         stop(f'step {step}: predictions or concepts are not finite. Checkpoints are older and whole; try a lower '
              '--learning_rate')
