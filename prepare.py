@@ -37,7 +37,7 @@ import time
 import zlib
 from array import array
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, pairwise
 
@@ -757,7 +757,7 @@ def prepare(s):
     processes = s['num_proc'] or max((os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), start_worker, (spec, directory))
     bar = tqdm(unit='doc', disable=rank > 0 or not sys.stderr.isatty(), initial=progress['read'])
-    started, flying, saved = time.time(), deque(), time.time()
+    started, flying, saved, working = time.time(), deque(), time.time(), 0
     before = progress['counts'].get('characters', 0)
 
     def save_progress():
@@ -767,8 +767,15 @@ def prepare(s):
     def take():
         nonlocal saved
         future, reached = flying.popleft()
-        parts, counts, n = future.result()
+        done = False
+        while not done:
+            with uninterrupted():  # an exception within could leave a lock of the pool taken for ever
+                done = wait([future], timeout=0.2).done
+            # a process that is killed while it writes its answer leaves the pool waiting for the rest of it
+            if not done and len(multiprocessing.active_children()) < working:
+                raise BrokenProcessPool
         with uninterrupted():  # what is written and what is noted stay one
+            parts, counts, n = future.result()
             closed = False
             for split, part in parts.items():
                 writers[split].add(*part)
@@ -790,8 +797,10 @@ def prepare(s):
         if not progress['done']:
             place = {'state': progress['place']}
             for chunk in chunks(documents(s, rank, world_size, progress['read'], place)):
-                future = pool.submit(work, chunk, s['max_sentence_tokens'], s['val_fraction'], dtype)
+                with uninterrupted():
+                    future = pool.submit(work, chunk, s['max_sentence_tokens'], s['val_fraction'], dtype)
                 flying.append((future, place['state']))
+                working = max(working, len(multiprocessing.active_children()))
                 if len(flying) > 4 * processes:  # bounded: memory stays flat whatever the corpus's size
                     take()
             while flying:
@@ -813,6 +822,8 @@ def prepare(s):
     finally:
         for process in multiprocessing.active_children():
             process.kill()
+        if pool._result_queue:  # none after a run that went well
+            pool._result_queue._writer.close()  # or it waits for ever for the rest of what a killed process was writing
         pool.shutdown(cancel_futures=True)
         bar.close()
     if rank == 0:

@@ -488,6 +488,39 @@ def begun(tmp_path):
     return tmp_path / 'out', arguments
 
 
+@pytest.mark.parametrize(('signals', 'code', 'says'), [([], 1, 'lower --num_proc'), ([signal.SIGTERM], 143, 'same command goes on')])
+def test_a_process_killed_while_it_writes(tmp_path, signals, code, says):
+    """The pool then waits for the rest of an answer that never comes: the run ends nevertheless, alone and when interrupted."""
+    source = tmp_path / 'docs.jsonl'
+    source.write_text(''.join(json.dumps({'text': 'One two three. ' * 10000}) + '\n' for _ in range(500)))  # answers fill a pipe
+    process = subprocess.Popen([sys.executable, 'prepare.py', f'--dataset={source}', '--tokenizer=bpe:300', '--num_proc=1',
+                                f'--data_dir={tmp_path}/out'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def of(pid, name):
+        with open(f'/proc/{pid}/{name}') as f:
+            return f.read()
+
+    def sleeps():
+        """Whether the worker waits for the same thing for .3 s."""
+        before = of(worker, 'schedstat')
+        time.sleep(0.3)
+        return of(worker, 'schedstat') == before
+
+    while process.poll() is None and not (tmp_path / 'out' / 'train_000000.tokens.tmp').exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    worker, = [pid for pid in of(process.pid, f'task/{process.pid}/children').split() if 'spawn_main' in of(pid, 'cmdline')]
+    while not sleeps():
+        pass
+    os.kill(int(worker), signal.SIGKILL)
+    for number in [*signals, signal.SIGCONT]:
+        process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert says in said.splitlines()[-1]
+    assert 'Traceback' not in said
+
+
 @pytest.mark.parametrize(('name', 'says'), [('progress_0.json', 'damaged'), ('tokenizer.tiktoken', 'tokenizer'),
                                             ('.tmp', 'shorter than was noted')])
 def test_what_a_run_goes_on_from_is_looked_at(begun, name, says):
