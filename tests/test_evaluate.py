@@ -217,7 +217,11 @@ def test_what_a_cheat_gets(trained, corpus_dir, kind, word):
     if kind is Leak:
         assert a['model']['MRR'] == b['model']['MRR'] == 1
     if kind is Copy:
-        assert got['what is learned']['skill over copy-last']['gain'] == pytest.approx(0)
+        assert got['model minus baseline']['copy-last'] == pytest.approx(dict.fromkeys(got['model minus baseline']['copy-last'], 0))
+    less, tfidf = got['model minus baseline']['TF-IDF of the window'], 'TF-IDF of the window'
+    assert less['in-document R@1'] == pytest.approx(a['model']['R@1'] - a[tfidf]['R@1'])
+    assert less['corpus MRR'] == pytest.approx(b['model']['MRR'] - b[tfidf]['MRR'])
+    assert less['corpus MRR_low'] <= less['corpus MRR'] <= less['corpus MRR_high']
 
 
 def test_ridge_takes_the_penalty_that_predicts():
@@ -246,11 +250,12 @@ def test_skill_over_another_prediction():
 def test_verdicts():
     def sections(skill, copy, inside, corpus, cos, rank, leak=0.0):
         near = {'low': 0.01}
-        gains = {'skill over copy-last': {'gain_low': skill - copy - 0.01}, 'MRR in document over the random encoder':
-                 {'gain_low': inside - 0.13}, 'MRR in corpus over the random encoder': {'gain_low': corpus - 0.02}}
+        less = {'copy-last': {'skill_low': skill - copy - 0.01},
+                'random encoder': {'in-document MRR_low': inside - 0.13, 'corpus MRR_low': corpus - 0.02}}
         return {'feature similarity': {'model': {'skill': skill, 'skill_low': skill - near['low'], 'skill_high': skill + 0.01},
                                        'copy-last': {'skill': copy}},
-                'what is learned': gains, 'geometry': {'model': {'RankMe, centred': rank, 'dimensions': 100, 'cosine of random pairs': cos}}, 'leak': {'model': {'distance': leak}},
+                'model minus baseline': less, 'leak': {'model': {'distance': leak}},
+                'geometry': {'model': {'RankMe, centred': rank, 'dimensions': 100, 'cosine of random pairs': cos}},
                 'retrieval in document': {'model': {'MRR': inside, 'MRR_low': inside - 0.01}, 'chance': {'MRR': 0.12}},
                 'retrieval corpus': {'model': {'MRR': corpus, 'MRR_low': corpus - 0.01}, 'chance': {'MRR': 0.01}}}
     assert ev.verdict(sections(0.1, 0.05, 0.3, 0.3, 0.0, 80))[0] == 'learns'
