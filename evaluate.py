@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import model as lib
 from config import override
-from prepare import Corpus, Mistake, read_file, split_sentences, write_json
+from prepare import Corpus, Mistake, read_file, split_sentences, write_json, write_text
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: override with --name=value
@@ -1032,11 +1032,10 @@ def main():
                'settings': settings}
     try:
         names = pictures(folder, s, sections)
-        with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as f:
-            f.write('\n\n'.join([
-                f'# {word}', behind, f'{counts}. In brackets: 95 % intervals over documents.', '## Metrics', table,
-                '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names), '## Samples', samples(s),
-                f'**{word}**: {rule}.']) + '\n')
+        write_text(os.path.join(folder, 'report.md'), '\n\n'.join([
+            f'# {word}', behind, f'{counts}. In brackets: 95 % intervals over documents.', '## Metrics', table,
+            '## Pictures', '\n'.join(f'![{n[:-4]}]({n})' for n in names), '## Samples', samples(s),
+            f'**{word}**: {rule}.']) + '\n')
         write_json(os.path.join(folder, 'metrics.json'), metrics)
     except OSError as error:
         raise Mistake(f'cannot write to {folder}: {error.strerror or error}') from None

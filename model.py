@@ -644,7 +644,7 @@ class JEPA(nn.Module):
         self.whitening = Whitening(config.n_embd)
         self.objective = Objective()
         self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a sentence's mean: see sif_weights
-        self.register_buffer('prediction_scale', torch.ones(READ))  # see the function of that name
+        self.register_buffer('prediction_scale', torch.ones(READ))  # see fit_prediction_scale
 
     def train(self, mode=True):
         super().train(mode)
@@ -794,7 +794,7 @@ def fit_scale(p, z):
     return (p * z).sum() / ((p * p).sum() + 1e-12)
 
 
-def prediction_scale(p, z, read, reduce=lambda x: x):
+def fit_prediction_scale(p, z, read, reduce=lambda x: x):
     """What predictions p (n, D) are multiplied with, so that their lengths say how sure they are: (READ,).
 
     z (n, D) is what came, read (n,) how many sentences each was made of. A mean of few is longer than one of many, and
@@ -1299,7 +1299,7 @@ class SentenceEncoder:
     def predict(self, sentences) -> np.ndarray:
         """The concept expected after `sentences` (a list of str, oldest first): float32 (d,).
 
-        Its length, mostly under 1, says how sure it is, as ConceptDecoder reads it (prediction_scale). Raises
+        Its length, mostly under 1, says how sure it is, as ConceptDecoder reads it (fit_prediction_scale). Raises
         ValueError on an empty list.
         """
         if not sentences:

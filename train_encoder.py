@@ -325,12 +325,15 @@ if master:
           f'{gradient_accumulation_steps * batch_size * block_size:,} tokens a step, {world_size} x {device}, {dtype}'
           f'{", compiled" if compile else ""}', flush=True)
 if not step and start_passes and not model.config.hf:
-    began, n_start = time.time(), math.ceil(min(start_tokens, train_data.n_tokens) /
-                                            (gradient_accumulation_steps * batch_size * block_size))
+    began, n_start = time.time(), min(start_tokens, train_data.n_tokens)
+    if master:
+        print(f'token embeddings start from {start_passes} passes over {n_start / 1e6:.1f}M tokens', flush=True)
 
     def first_steps():
         """This rank's batches of each of the first steps."""
-        return ([to_device(b) for b in micro_batches(i)] for i in range(n_start))
+        steps = range(math.ceil(n_start / (gradient_accumulation_steps * batch_size * block_size)))
+        for i in tqdm(steps, 'start', leave=False, disable=not (master and sys.stderr.isatty())):
+            yield [to_device(b) for b in micro_batches(i)]
     try:
         table = lib.neighbour_embeddings(first_steps, model.token_weight, n_embd, start_passes, reduce=all_sum)
     except Mistake as error:  # a sentence longer than block_size
@@ -339,7 +342,7 @@ if not step and start_passes and not model.config.hf:
     model.target.embedding.weight.data.copy_(table)
     del table
     if master:
-        print(f'token embeddings start from {start_passes} passes: {time.time() - began:.0f} s', flush=True)
+        print(f'the start took {time.time() - began:.0f} s', flush=True)
 if whiten and not model.whitening.steps:  # the space is whitened before the first step, on 50 sentences a dimension
     measured = 0
     while measured < 50 * n_embd and model.whitening.steps < 200:
@@ -409,7 +412,7 @@ def evaluate():
     model.eval()
     p, z, last, _, _, read = neighbours(train_data, max(eval_iters // 2, 1))
     mean, copy_scale = z.mean(0), lib.fit_scale(last, z)
-    model.prediction_scale.copy_(lib.prediction_scale(p, z, read, all_sum))  # saved with the model
+    model.prediction_scale.copy_(lib.fit_prediction_scale(p, z, read, all_sum))  # saved with the model
     p, z, last, document, place, read = neighbours(val_data, eval_iters)
     p = model.scaled(p, read)
     if all_sum((~(p.isfinite() & z.isfinite())).sum()):  # before a checkpoint is written

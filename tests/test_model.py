@@ -245,16 +245,16 @@ def test_the_scale_of_predictions():
     z, read = lib.unit(torch.randn(3000, 16)), torch.randint(1, 15, (3000,))
     sure = torch.rand(3000, 1)
     p = (sure * z + 0.2 * torch.randn(3000, 16)) * 5 / read[:, None] ** 0.5
-    scale = lib.prediction_scale(p, z, read)
+    scale = lib.fit_prediction_scale(p, z, read)
     p = p * scale[read.clamp(max=lib.READ) - 1, None]
     length = p.norm(dim=-1)
     means = torch.stack([length[read == k].mean() for k in range(1, lib.READ)])
     assert torch.allclose(means, means[0].expand(lib.READ - 1), rtol=1e-4)
     assert lib.fit_scale(p, z).item() == pytest.approx(1, abs=1e-4)
     assert torch.corrcoef(torch.stack((length, sure[:, 0])))[0, 1] > 0.5
-    few = lib.prediction_scale(p[:1], z[:1], read[:1])
+    few = lib.fit_prediction_scale(p[:1], z[:1], read[:1])
     assert few.isfinite().all()
-    assert (lib.prediction_scale(-p, z, read) > 0).all(), 'a prediction is never turned round'
+    assert (lib.fit_prediction_scale(-p, z, read) > 0).all(), 'a prediction is never turned round'
 
 
 def test_ranks_against_brute_force():
