@@ -444,6 +444,12 @@ def documents(s, rank=0, world_size=1, skip=0, place=None):
 _encode = None
 
 
+class Worker(multiprocessing.get_context('spawn').Process):
+    """A process that works: where one has died, the pool ends the others by terminate(), whose signal they ignore."""
+
+    terminate = multiprocessing.Process.kill
+
+
 def start_worker(spec, directory):
     """Each process loads the tokenizer once; signals are the parent's affair, but it ends when the parent is killed."""
     global _encode
@@ -609,12 +615,12 @@ def hold(path) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
-_signals = {'held': False, 'came': 0}
+_signals = {'held': False, 'came': 0, 'times': 0}
 
 
 def on_signal(number, frame):
     """Ctrl-C and SIGTERM end the run, but not in the middle of what is `uninterrupted`."""
-    _signals['came'] = number
+    _signals['came'], _signals['times'] = number, _signals['times'] + 1
     if not _signals['held']:
         raise KeyboardInterrupt
 
@@ -622,12 +628,12 @@ def on_signal(number, frame):
 @contextlib.contextmanager
 def uninterrupted():
     """A signal that comes within takes effect at the end."""
-    _signals['held'], before = True, _signals['came']
+    _signals['held'], before = True, _signals['times']
     try:
         yield
     finally:
         _signals['held'] = False
-    if _signals['came'] != before:
+    if _signals['times'] != before:
         raise KeyboardInterrupt
 
 
@@ -755,7 +761,9 @@ def prepare(s):
     writers = {k: Writer(directory, k, rank, world_size, progress['writers'].get(k))
                for k in ('train', 'val')}
     processes = s['num_proc'] or max((os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), start_worker, (spec, directory))
+    context = multiprocessing.get_context('spawn')
+    context.Process = Worker
+    pool = ProcessPoolExecutor(processes, context, start_worker, (spec, directory))
     bar = tqdm(unit='doc', disable=rank > 0 or not sys.stderr.isatty(), initial=progress['read'])
     started, flying, saved, working = time.time(), deque(), time.time(), 0
     before = progress['counts'].get('characters', 0)
@@ -810,7 +818,6 @@ def prepare(s):
                     w.close()
                 progress['done'] = True
                 save_progress()
-        pool.shutdown()
     except KeyboardInterrupt:
         with uninterrupted():
             save_progress()
@@ -822,8 +829,7 @@ def prepare(s):
     finally:
         for process in multiprocessing.active_children():
             process.kill()
-        if pool._result_queue:  # none after a run that went well
-            pool._result_queue._writer.close()  # or it waits for ever for the rest of what a killed process was writing
+        pool._result_queue._writer.close()  # or it waits for ever for the rest of what a killed process was writing
         pool.shutdown(cancel_futures=True)
         bar.close()
     if rank == 0:

@@ -146,7 +146,7 @@ def write(table, seeds, iters, folder):
         writer = csv.writer(f)
         writer.writerow(['row', 'settings', 'seeds', 'steps unless set', *(f'{c}{x}' for c in columns for x in (
             '', ', half of 95 % interval', f', from {first}', f', from {first}, half of 95 % interval'))])
-        writer.writerows([name, ' '.join(ROWS[name]), seeds, iters, *('' if np.isnan(x) else f'{x:.4f}' for c in columns
+        writer.writerows([name, ' '.join(ROWS[name]), seeds, iters, *('' if np.isnan(x) else f'{x:.5f}' for c in columns
                           for x in row.get(c, (np.nan,) * 4))] for name, row in table.items())
     picture(table, os.path.join(folder, 'ablation.png'))
 

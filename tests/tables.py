@@ -3,7 +3,7 @@
     python tests/tables.py            prints them
     python tests/tables.py --write    puts them in their places, between <!-- name --> and <!-- end -->
 
-tests/test_config.py sees that they are there as printed.
+tests/test_readme.py sees that they are there as printed.
 """
 
 import csv
@@ -63,7 +63,7 @@ ALL = [
     ('nats per token: concept; shuffled; none', 2, *(('perplexity', row, NATS) for row in ('D(z)', 'D(z), shuffled', 'no concept'))),
     ('… of predictions; shuffled', 2, *(('perplexity', row, NATS) for row in ('D(p)', 'D(p), shuffled'))),
     ('… a language model that reads the window', 2, ('perplexity', 'language model, reading the window', NATS)),
-    ('… predictions less than none', 2, ('perplexity', 'D(p)', 'information')),
+    ('… saved by predictions, against none', 2, ('perplexity', 'D(p)', 'information')),
     ('reconstructions: BLEU; ROUGE-L', 1, ('text', 'reconstruct', 'BLEU'), ('text', 'reconstruct', 'ROUGE-L')),
     ('… of 32 tokens at most', 1, *(('text', 'reconstruct, of 32 tokens at most', c) for c in ('BLEU', 'ROUGE-L'))),
     ('… shuffled concept', 1, *(('text', 'reconstruct, shuffled concept', c) for c in ('BLEU', 'ROUGE-L'))),
@@ -137,7 +137,13 @@ def results(rows):
 
 
 def signed(value, half, digits):
-    return re.sub(r'(?<!\d)0\.', '.', f'{round(float(value), digits) + 0.0:+.{digits}f} ± {float(half):.{digits}f}') if value else ''
+    """A difference and half of its interval; '' where there is none."""
+    if not value:
+        return ''
+    text = f'{float(value):+.{digits}f}'
+    if not float(text):
+        text = text[1:]
+    return re.sub(r'(?<!\d)0\.', '.', f'{text} ± {float(half):.{digits}f}')
 
 
 def ablation():

@@ -492,7 +492,8 @@ def begun(tmp_path):
 def test_a_process_killed_while_it_writes(tmp_path, signals, code, says):
     """The pool then waits for the rest of an answer that never comes: the run ends nevertheless, alone and when interrupted."""
     source = tmp_path / 'docs.jsonl'
-    source.write_text(''.join(json.dumps({'text': 'One two three. ' * 10000}) + '\n' for _ in range(500)))  # answers fill a pipe
+    # what is asked lies in a pipe whole, and an answer, 10 bytes a line, does not: with the parent stopped, the worker stops in one
+    source.write_text((json.dumps({'text': 'A\n' * 150}) + '\n') * 12_800)
     process = subprocess.Popen([sys.executable, 'prepare.py', f'--dataset={source}', '--tokenizer=bpe:300', '--num_proc=1',
                                 f'--data_dir={tmp_path}/out'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -506,16 +507,24 @@ def test_a_process_killed_while_it_writes(tmp_path, signals, code, says):
         time.sleep(0.3)
         return of(worker, 'schedstat') == before
 
-    while process.poll() is None and not (tmp_path / 'out' / 'train_000000.tokens.tmp').exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)
-    worker, = [pid for pid in of(process.pid, f'task/{process.pid}/children').split() if 'spawn_main' in of(pid, 'cmdline')]
-    while not sleeps():
-        pass
-    os.kill(int(worker), signal.SIGKILL)
-    for number in [*signals, signal.SIGCONT]:
-        process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    try:
+        while process.poll() is None and not (tmp_path / 'out' / 'train_000000.tokens.tmp').exists():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        worker, = [pid for pid in of(process.pid, f'task/{process.pid}/children').split() if 'spawn_main' in of(pid, 'cmdline')]
+        end = time.time() + 60
+        while not sleeps() or 'read' in of(worker, 'wchan'):  # it has to stop with half an answer written
+            assert time.time() < end, 'the worker does not stop in an answer'
+            if 'read' in of(worker, 'wchan'):
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.01)
+                process.send_signal(signal.SIGSTOP)
+        os.kill(int(worker), signal.SIGKILL)
+        for number in [*signals, signal.SIGCONT]:
+            process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code, said
     assert says in said.splitlines()[-1]
     assert 'Traceback' not in said

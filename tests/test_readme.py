@@ -16,6 +16,8 @@ for place in tables.PLACES:
 
 def test_tables_are_those_of_the_files():
     found = tables.tables()
+    for name, (_, _, *rows) in found.items():
+        assert all(row.partition('| ')[2].strip('| ') for row in rows), name
     assert {name for text in TEXTS.values() for name in re.findall(r'<!-- (?!end)(.+?) -->\n', text)} == set(found)
     for place, text in TEXTS.items():
         assert tables.filled(text, found) == text, f'{place}: run python tests/tables.py --write'
@@ -24,13 +26,21 @@ def test_tables_are_those_of_the_files():
 
 @pytest.mark.parametrize('place', tables.PLACES)
 def test_links_lead_somewhere(place):
-    links = re.findall(r'\]\(([^)#]+)\)', TEXTS[place])
-    files = re.findall(r'`((?:tests|config)/[\w./]+\.\w+)`', TEXTS[place])
+    folder = os.path.dirname(place)
+    links = re.findall(r'\]\(([^)]+)\)', TEXTS[place])
+    files = re.findall(r'`((?:tests|config)/[\w./]+\.\w+|\w+\.(?:csv|json))`', TEXTS[place])
     assert links
     for link in links:
-        assert link.startswith('https://') or os.path.exists(os.path.join(ROOT, os.path.dirname(place), link)), link
+        file, _, heading = link.partition('#')
+        if link.startswith('https://'):
+            continue
+        assert os.path.exists(os.path.join(ROOT, folder, file)), link
+        if heading:
+            headings = re.findall('^#+ (.*)$', TEXTS[os.path.normpath(os.path.join(folder, file))], re.MULTILINE)
+            assert heading in {re.sub(r'[^\w-]', '', h.lower().replace(' ', '-')) for h in headings}, link
     for file in files:
-        assert os.path.exists(os.path.join(ROOT, file)), file
+        if '/' in file or folder:
+            assert os.path.exists(os.path.join(ROOT, '' if '/' in file else folder, file)), file
 
 
 @pytest.mark.parametrize('place', tables.PLACES)
