@@ -26,6 +26,7 @@ BASELINES = {'copy-last': 'copy-last', 'context mean': 'context mean', 'random e
 HEADLINE = [
     ('corpus MRR', 3, (CORPUS, 'model', 'MRR')),
     ('… copy-last', 3, (CORPUS, 'copy-last', 'MRR')),
+    ('… context mean', 3, (CORPUS, 'context mean', 'MRR')),
     ('… TF-IDF', 3, (CORPUS, TFIDF, 'MRR')),
     ('… the model less TF-IDF, pair by pair', 3, (LESS, TFIDF, 'corpus MRR')),
     ('in-document MRR', 3, (INSIDE, 'model', 'MRR')),
@@ -34,6 +35,7 @@ HEADLINE = [
     ('… the model less its random encoder, pair by pair', 3, (LESS, 'random encoder', 'in-document MRR')),
     ('skill', 3, (SKILL, 'model', 'skill')),
     ('… copy-last', 3, (SKILL, 'copy-last', 'skill')),
+    ('… context mean', 3, (SKILL, 'context mean', 'skill')),
     ('… ridge', 3, (SKILL, 'ridge', 'skill')),
     ('cosine of predictions with unrelated', 3, (SKILL, 'model', 'unrelated')),
     ('RankMe, centred; dimensions', 0, ('geometry', 'model', 'RankMe, centred'), ('geometry', 'model', 'dimensions')),
@@ -82,7 +84,8 @@ MINILM = [
     ('… less copy-last, pair by pair', 3, (LESS, 'copy-last', 'in-document MRR')),
     ('skill', 3, (SKILL, 'model', 'skill')),
     ('… copy-last; context mean; ridge', 3, *((SKILL, row, 'skill') for row in ('copy-last', 'context mean', 'ridge'))),
-    ('STS-B dev', 1, (STS, 'model', None))]
+    ('STS-B dev', 1, (STS, 'model', None)),
+    ('… idf-weighted random vectors', 1, (STS, 'random token mean, idf', None))]
 
 
 def read(*path):
