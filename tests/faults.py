@@ -401,9 +401,9 @@ def signals(work):
     process.send_signal(signal.SIGINT)
     finish(process, 130, 'stopped at once')
     found.append(('signals', 'a second SIGINT in a long step', 1, 'stopped at once, exit code 130'))
-    bible = ['--dataset=web-bible', '--tokenizer=bpe:4096', '--num_proc=1']  # seconds of work
+    bible = ['--dataset=web-bible', '--tokenizer=bpe:4096', '--num_proc=1']  # a second of work
     for script, arguments in (('train_encoder.py', []), ('train_decoder.py', []), ('prepare.py', bible)):
-        for delay in (0.2, 0.5, 1.0):  # a Ctrl-C during the imports, or soon after
+        for delay in (0.1, 0.3, 0.6):  # a Ctrl-C during the imports, or soon after
             process = start(script, f'--data_dir={work}/signal_{delay}', *arguments)
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
