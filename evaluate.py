@@ -476,12 +476,13 @@ def retrieval(s):
     inside, corpus, found = {}, {}, {}
     for name, similar in spaces.items():
         (a, _), (b, top), (c, _) = (ranks(similar, s.candidates[k]) for k in ('a', 'b', 'corpus'))
-        found[name] = {'in-document R@1': (a == 1).astype(float), 'in-document MRR': 1 / a, 'corpus MRR': 1 / c}
-        inside[name] = cells('R@1', bootstrap(a == 1, document)) | cells('MRR', bootstrap(1 / a, document)) | {
+        own = found[name] = {'in-document R@1': 1.0 * (a == 1), 'in-document MRR': 1 / a, 'corpus MRR': 1 / c}
+        first, mean, over = (cells(column, bootstrap(values, document)) for column, values in
+                             zip(('R@1', 'MRR', 'MRR'), own.values()))
+        inside[name] = first | mean | {
             'R@1 (b)': float((b == 1).mean()), 'MRR (b)': float((1 / b).mean()),
             'copy rate': float(((top >= x.start) & (top < x.target)).mean())}
-        corpus[name] = {'R@1': float((c == 1).mean()), 'R@10': float((c <= 10).mean())} | \
-            cells('MRR', bootstrap(1 / c, document))
+        corpus[name] = {'R@1': float((c == 1).mean()), 'R@10': float((c <= 10).mean())} | over
     for rows, key in ((inside, 'a'), (corpus, 'corpus')):
         rows['chance'] = dict(zip(('R@1', 'MRR'), chance(s.candidates[key])))
     ahead = {name: {} for name in found if name != 'model'}

@@ -615,12 +615,12 @@ def hold(path) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
-_signals = {'held': False, 'came': 0, 'times': 0}
+_signals = {'held': False, 'came': []}
 
 
 def on_signal(number, frame):
     """Ctrl-C and SIGTERM end the run, but not in the middle of what is `uninterrupted`."""
-    _signals['came'], _signals['times'] = number, _signals['times'] + 1
+    _signals['came'].append(number)
     if not _signals['held']:
         raise KeyboardInterrupt
 
@@ -628,13 +628,26 @@ def on_signal(number, frame):
 @contextlib.contextmanager
 def uninterrupted():
     """A signal that comes within takes effect at the end."""
-    _signals['held'], before = True, _signals['times']
+    _signals['held'], before = True, len(_signals['came'])
     try:
         yield
     finally:
         _signals['held'] = False
-    if _signals['times'] != before:
+    if len(_signals['came']) > before:
         raise KeyboardInterrupt
+
+
+def await_answer(future, working):
+    """Wait for a future of a pool of which so many processes are `working`; raises BrokenProcessPool where one is gone.
+
+    The pool does not see it where the process was writing its answer: it waits for the rest.
+    """
+    done = False
+    while not done:
+        with uninterrupted():  # an exception within could leave a lock of the pool taken for ever
+            done = wait([future], timeout=0.2).done
+        if not done and len(multiprocessing.active_children()) < working:
+            raise BrokenProcessPool
 
 
 def same_settings(old, new):
@@ -775,13 +788,7 @@ def prepare(s):
     def take():
         nonlocal saved
         future, reached = flying.popleft()
-        done = False
-        while not done:
-            with uninterrupted():  # an exception within could leave a lock of the pool taken for ever
-                done = wait([future], timeout=0.2).done
-            # a process that is killed while it writes its answer leaves the pool waiting for the rest of it
-            if not done and len(multiprocessing.active_children()) < working:
-                raise BrokenProcessPool
+        await_answer(future, working)
         with uninterrupted():  # what is written and what is noted stay one
             parts, counts, n = future.result()
             closed = False
@@ -1113,4 +1120,4 @@ if __name__ == '__main__':
         print(f'prepare.py: interrupted; the same command goes on where it stopped ({data_dir})', file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(128 + _signals['came'])  # not waiting for the hub's threads
+        os._exit(128 + _signals['came'][-1])  # not waiting for the hub's threads

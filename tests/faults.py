@@ -393,8 +393,7 @@ def signals(work):
         found.append(('signals', f'{number.name} in training', 1, f'saved step {load_step(checkpoint)}, exit code {code} '
                       f'after {time.time() - began:.1f} s: {said.splitlines()[-1].replace(out, "<out_dir>")}'))
     process = start(*command, '--max_iters=200000', '--init_from=resume', '--batch_size=64', '--gradient_accumulation_steps=64', '--start_passes=0')
-    while process.stdout.readline().startswith(('resume', '0.')):
-        pass  # until a step of half a minute has begun
+    next(line for line in process.stdout if not line.startswith(('resume', '0.')))  # a step of half a minute has begun
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -601,15 +600,19 @@ class Payload:
 
 def pickle_with_code(path):
     import pickle
-    return pickle.dumps({'format': 6, 'kind': 'encoder', 'model': Payload(path)})
+
+    import model as lib
+    return pickle.dumps({'format': lib.FORMAT, 'kind': 'encoder', 'model': Payload(path)})
 
 
 def saved_with_code(path):
     import io
 
     import torch
+
+    import model as lib
     out = io.BytesIO()
-    torch.save({'format': 6, 'kind': 'encoder', 'model': Payload(path)}, out)
+    torch.save({'format': lib.FORMAT, 'kind': 'encoder', 'model': Payload(path)}, out)
     return out.getvalue()
 
 

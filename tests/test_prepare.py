@@ -445,17 +445,23 @@ def test_torchrun_shares_a_source(tmp_path):
     assert len([f for f in os.listdir(tmp_path / 'out') if f.endswith('.documents')]) == 4
 
 
+def begin(file, arguments):
+    """A prepare.py that has written `file` by now; what it says comes in one stream."""
+    process = subprocess.Popen([sys.executable, 'prepare.py', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    end = time.time() + 100
+    while time.time() < end and process.poll() is None and not file.exists():
+        time.sleep(0.005)
+    return process
+
+
 def test_an_interrupted_run_goes_on(tmp_path):
     """SIGTERM in the middle: exit 143, and the same command again gives the bytes of an undisturbed run."""
     source = tmp_path / 'docs.jsonl'
     source.write_text(''.join(json.dumps({'text': f'{t} ' * 200}) + '\n' for t in HUB_TEXTS * 25))
     arguments = [f'--dataset={source}', '--tokenizer=bpe:300', '--num_proc=1', '--shard_tokens=100000']
     run('prepare.py', *arguments, f'--data_dir={tmp_path}/whole')
-    process = subprocess.Popen([sys.executable, 'prepare.py', *arguments, f'--data_dir={tmp_path}/out'], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    end = time.time() + 100
-    while time.time() < end and process.poll() is None and not (tmp_path / 'out' / 'train_000001.documents').exists():
-        time.sleep(0.005)
+    process = begin(tmp_path / 'out' / 'train_000001.documents', [*arguments, f'--data_dir={tmp_path}/out'])
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 143, said
@@ -478,10 +484,7 @@ def begun(tmp_path):
     source.write_text(''.join(json.dumps({'text': f'{t} ' * 200}) + '\n' for t in HUB_TEXTS * 25))
     arguments = [f'--dataset={source}', '--tokenizer=bpe:300', '--num_proc=1', '--shard_tokens=100000', '--val_fraction=0.2',
                  f'--data_dir={tmp_path}/out']
-    process = subprocess.Popen([sys.executable, 'prepare.py', *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
-    while process.poll() is None and not (tmp_path / 'out' / 'train_000001.documents').exists():
-        time.sleep(0.005)
+    process = begin(tmp_path / 'out' / 'train_000001.documents', arguments)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 143, said
@@ -494,8 +497,8 @@ def test_a_process_killed_while_it_writes(tmp_path, signals, code, says):
     source = tmp_path / 'docs.jsonl'
     # what is asked lies in a pipe whole, and an answer, 10 bytes a line, does not: with the parent stopped, the worker stops in one
     source.write_text((json.dumps({'text': 'A\n' * 150}) + '\n') * 12_800)
-    process = subprocess.Popen([sys.executable, 'prepare.py', f'--dataset={source}', '--tokenizer=bpe:300', '--num_proc=1',
-                                f'--data_dir={tmp_path}/out'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = begin(tmp_path / 'out' / 'train_000000.tokens.tmp', [
+        f'--dataset={source}', '--tokenizer=bpe:300', '--num_proc=1', f'--data_dir={tmp_path}/out'])
 
     def of(pid, name):
         with open(f'/proc/{pid}/{name}') as f:
@@ -508,8 +511,6 @@ def test_a_process_killed_while_it_writes(tmp_path, signals, code, says):
         return of(worker, 'schedstat') == before
 
     try:
-        while process.poll() is None and not (tmp_path / 'out' / 'train_000000.tokens.tmp').exists():
-            time.sleep(0.005)
         process.send_signal(signal.SIGSTOP)
         worker, = [pid for pid in of(process.pid, f'task/{process.pid}/children').split() if 'spawn_main' in of(pid, 'cmdline')]
         end = time.time() + 60
