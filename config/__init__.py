@@ -2,112 +2,145 @@
 
     python train_encoder.py config/encoder_demo.py --learning_rate=1e-3
 
-A preset is plain Python run in a namespace of its own: it may compute, import and use names that start with an
-underscore, but each setting that it leaves behind must be one the script has, and of the same type. A setting that is
-'auto' also takes True and False.
+A preset is plain Python, run in a namespace of its own: it may compute, import and use names that start with
+an underscore, but each setting that it leaves behind must be one the script has, and of the same type.
 """
 
 import difflib
+import errno
 import math
 import os
 import re
 import runpy
 import sys
 
-TYPES = (bool, int, float, str)
-BOOLS = {'true': True, 'false': False, '1': True, '0': False}
-SCRIPTS = {'prepare': 'prepare.py', 'encoder': 'train_encoder.py', 'decoder': 'train_decoder.py'}  # by stage
+TYPES, BOOLS = (bool, int, float, str), {'true': True, 'false': False, '1': True, '0': False}
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG)
+STAGES = {'prepare': 'prepare.py', 'encoder': 'train_encoder.py', 'decoder': 'train_decoder.py'}  # of presets
 
 
-def override(names: dict, argv: list[str] | None = None, limits: dict | None = None) -> dict:
-    """Override the settings in `names` (a script's globals()) and return them all as a dict that json can write.
+class UserError(ValueError):
+    """A user's mistake: printed as one line, without a traceback."""
 
-    A setting is a name in lower case that holds a bool, int, float or str. `argv` defaults to sys.argv[1:]; each
-    argument is the path of a preset (*.py) or --name=value. --help prints every setting and exits with 0. `limits`
-    gives the least and the greatest value of some numbers.
 
-    Raises SystemExit with one line on an unknown name, a wrong type or value, a missing or broken preset.
+def override(names: dict, argv: list[str] | None = None, positive=(), shares=(), choices=None) -> dict:
+    """Override the settings in `names` (a script's globals()) and return them all as a dict that json can
+    write.
+
+    Settings are the names that the script assigns under its heading "# Settings". `argv` defaults to
+    sys.argv[1:]: paths of presets (*.py) and --name=value. --help prints every setting and exits with 0.
+    Numbers must be finite, 0 or more, those in `positive` above 0, those in `shares` below 1; `choices` lists
+    the values of a name. From here on the script prints a UserError as one line. Raises SystemExit, with one
+    line, on a mistake.
     """
-    script = os.path.basename(names['__file__'])
-    argv = sys.argv[1:] if argv is None else argv
-    defaults = {k: v for k, v in names.items() if k == k.lower() and k[0] != '_' and type(v) in TYPES}
+    script, argv = os.path.basename(names['__file__']), sys.argv[1:] if argv is None else argv
+    with open(names['__file__'], encoding='utf-8') as f:
+        section = f.read().partition('\n# Settings')[2].partition('\n# ---')[0]
+    comments = dict(re.findall(r'^([a-z]\w*) = (?:[^#\n]*# *(.*))?', section, re.M))
+    settings = {name: names[name] for name in comments if name in names}
     if any(a in ('-h', '--help') for a in argv):
-        print(describe(names, defaults), end='')
+        lines = [f'  --{k}={v!r}'.ljust(44) + f'  {comments[k]}'.rstrip() for k, v in settings.items()]
+        print((names.get('__doc__') or '').strip(), '\n\nsettings:', *lines, sep='\n')
         raise SystemExit(0)
-    settings = dict(defaults)
     try:
         for arg in argv:
-            if arg.startswith('--') and '=' in arg:
-                name, text = arg[2:].split('=', 1)
-                settings[name] = from_text(name, text, defaults)
+            name, equals, text = arg.removeprefix('--').partition('=')
+            if arg.startswith('--') and equals:
+                settings[name] = from_text(name, text, known(name, settings))
             elif arg.endswith('.py'):
-                stage = SCRIPTS.get(os.path.basename(arg).split('_')[0])
-                if stage and script in {*SCRIPTS.values(), 'evaluate.py'} - {stage}:
-                    raise ValueError(f'{arg} is a preset of {stage}')
-                settings.update(from_preset(arg, defaults))
+                stage = STAGES.get(os.path.basename(arg).split('_')[0])
+                if stage and script in {*STAGES.values(), 'evaluate.py'} - {stage}:
+                    raise UserError(f'{arg} is a preset of {stage}')
+                settings |= from_preset(arg, settings)
             else:
-                raise ValueError(f"cannot read the argument '{arg}': write --name=value, or the path of a preset (.py)")
-        for name, (least, greatest) in (limits or {}).items():
-            if not least <= settings[name] <= greatest:  # nor NaN
-                span = f'{least} or more' if greatest == math.inf else f'from {least} to {greatest}'
-                raise ValueError(f'--{name}={settings[name]}: expected {span}')
-    except ValueError as error:
-        raise SystemExit(f"{script}: {' '.join(str(error).split())}") from None  # one line, whatever was given
+                raise UserError(f"cannot read '{arg}': write --name=value, or the path of a preset (.py)")
+        for name, value in settings.items():
+            if value not in (allowed := (choices or {}).get(name, [value])):
+                raise UserError(f"--{name}={value}: expected one of {', '.join(map(str, allowed))}")
+            if type(value) in (int, float):
+                least = value > 0 if name in positive else value >= 0
+                if not (least and value < (1 if name in shares else math.inf)):  # nor NaN
+                    span = 'above 0' if name in positive else 'from 0' + ' to below 1' * (name in shares)
+                    raise UserError(f'--{name}={value}: expected a number {span}')
+    except UserError as error:
+        raise SystemExit(f"{script}: {' '.join(str(error).split())}") from None
+    if names['__name__'] == '__main__':
+        sys.excepthook = lambda *error: print_error(script, *error)
     names.update(settings)
     return settings
 
 
-def known(name: str, defaults: dict):
-    """The default of setting `name`; ValueError with the nearest known name where there is none."""
-    if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.5)
+def print_error(script, kind, error, trace):
+    """sys.excepthook of the scripts: a mistake, or a full disk, is one line; a bug shows its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        error = 'interrupted'
+    elif issubclass(kind, OSError) and error.errno in REFUSED:
+        error = f"cannot write{f' to {error.filename}' if error.filename else ''}: {error.strerror}"
+    elif not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def known(name: str, settings: dict):
+    """The value of setting `name`; UserError with the nearest known name where there is none."""
+    if name not in settings:
+        near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else '--help lists them all'
-        raise ValueError(f"unknown setting '{name}': {hint}")
-    return defaults[name]
+        raise UserError(f"unknown setting '{name}': {hint}")
+    return settings[name]
 
 
-def from_text(name: str, text: str, defaults: dict):
-    """The value that --name=text means, read as the type of the setting's default."""
-    default = known(name, defaults)
-    kind = type(default)
-    if kind is str:
-        return BOOLS.get(text.lower(), text) if default == 'auto' else text
+def from_text(name: str, text: str, default):
+    """What --name=text means, of the default's type; 'auto' may also be True or False, and 1e3 an int."""
+    kind, low = type(default), text.lower()
     try:
-        if kind is bool:
-            return BOOLS[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"--{name}={text}: expected {'True or False' if kind is bool else kind.__name__}") from None
+        if kind is bool or (default == 'auto' and low in BOOLS):
+            return BOOLS[low]
+        whole = kind is int and 'e' in low and float(text).is_integer()
+        return int(float(text)) if whole else kind(text)
+    except (KeyError, ValueError, OverflowError):
+        expected = 'True or False' if kind is bool else kind.__name__
+        raise UserError(f'--{name}={text}: expected {expected}') from None
 
 
-def from_preset(path: str, defaults: dict) -> dict:
+def from_preset(path: str, settings: dict) -> dict:
     """The settings that the Python file at `path` assigns."""
     if not os.path.isfile(path):
-        raise ValueError(f"no preset at '{path}': presets are config/<stage>_<name>.py")
+        raise UserError(f"no preset at '{path}': presets are config/<stage>_<name>.py")
     try:
         values = runpy.run_path(path)
-    except Exception as error:  # the user's own code: any error is theirs
-        raise ValueError(f"preset '{path}' does not run: {type(error).__name__}: {error}") from None
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"preset '{path}' does not run: {type(error).__name__}: {error}") from None
     given = {}
     for name, value in values.items():
-        if name[0] == '_' or not (type(value) in TYPES or name in defaults or value is None):
+        if name[0] == '_' or not (type(value) in TYPES or name in settings or value is None):
             continue  # modules, functions and private helpers of the preset
-        default = known(name, defaults)
-        if type(default) is float and type(value) is int:
-            value = float(value)
-        if type(value) is not type(default) and not (default == 'auto' and type(value) is bool):
-            raise ValueError(f'{path}: {name} = {value!r}: expected {type(default).__name__}')
-        given[name] = value
+        default = known(name, settings)
+        given[name] = float(value) if type(default) is float and type(value) is int else value
+        if type(given[name]) is not type(default) and not (default == 'auto' and type(value) is bool):
+            raise UserError(f'{path}: {name} = {value!r}: expected {type(default).__name__}')
     return given
 
 
-def describe(names: dict, defaults: dict) -> str:
-    """The text of --help: each setting with its default and the comment beside it in the script."""
-    comments = {}
-    with open(names['__file__'], encoding='utf-8') as f:
-        source = f.read()
-    for name, comment in re.findall(r'^(\w+) *= *[^#\n]*?(?:# *(.*))?$', source, re.M):
-        comments.setdefault(name, comment)
-    lines = [(names.get('__doc__') or '').strip(), '', 'settings:']
-    lines += [f'  --{k}={v!r}'.ljust(44) + (f'  {comments[k]}' if comments.get(k) else '') for k, v in defaults.items()]
-    return '\n'.join(lines) + '\n'
+def ranks() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine) that torchrun gave; (0, 1, 0) alone. UserError on half a
+    set."""
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')
+    missing = [name for name in names if name not in os.environ]
+    if 0 < len(missing) < 3:
+        raise UserError(f"of torchrun's variables {' and '.join(missing)} are not set: set all, or none")
+    return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names)
+
+
+def write_file(path: str, data):
+    """Write str, bytes, or what the function data(file) writes, whole or not at all. Raises OSError."""
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            data(f) if callable(data) else f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)

@@ -1,5 +1,5 @@
-# An encoder of 124M parameters and a predictor of 28M on data/fineweb-edu (config/prepare_fineweb.py): one large GPU,
-# or several with torchrun; half a million tokens a step. Not yet run.
+# An encoder of 124M parameters and a predictor of 28M on data/fineweb-edu (config/prepare_fineweb.py):
+# one large GPU, or several with torchrun; half a million tokens a step. Not yet run.
 data_dir = 'data/fineweb-edu'
 out_dir = 'out/fineweb'
 n_layer = 12

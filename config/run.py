@@ -1,0 +1,287 @@
+"""What every training run does the same: ranks, device, rates, stop signals, metrics, checkpoints. Not a
+preset."""
+
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+if __name__ == '<run_path>':
+    raise SystemExit('config/run.py is code that the training scripts share, not a preset')
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from config import UserError, ranks, write_file
+
+FORMAT = 7  # of checkpoints
+
+
+def pick_device(name: str) -> str:
+    """The device of the setting `device`; auto: cuda where there is one. Raises UserError for what is not
+    there."""
+    name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition('.')[0]
+        raise UserError(f"--device={name}: {reason}; 'auto' takes what there is") from None
+    return name
+
+
+def autocast(device: str, dtype: str):
+    """The context of a forward pass: products in bfloat16 where dtype says so. Raises UserError."""
+    if dtype not in ('float32', 'bfloat16'):
+        raise UserError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bfloat16')
+
+
+def half_cosine(step, total, start, end):
+    """Learning rate, EMA momentum, weight decay: from start to end on a half cosine over `total` steps."""
+    return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
+
+
+def lr_at(step: int, s: dict) -> float:
+    """Learning rate of the settings s: linear warm-up, then a half cosine to min_lr, or a tenth of
+    learning_rate."""
+    rate, warmup = s['learning_rate'], s['warmup_iters']
+    if step < warmup:
+        return rate * (step + 1) / (warmup + 1)
+    if not s['decay_lr']:
+        return rate
+    total = (s['lr_decay_iters'] or s['max_iters']) - warmup
+    return half_cosine(step - warmup, total, rate, s['min_lr'] or rate / 10)
+
+
+class Run:
+    """A training process: its rank, device and dtype, the step it is at, and what it writes to out_dir.
+
+    `s` are the script's settings, `name` that of its checkpoints, `columns` those of its metrics.
+    """
+
+    def __init__(self, s: dict, name: str, columns: list[str]):
+        self.s, self.name, self.columns, suffix = s, name, columns, '' if name == 'encoder' else f'_{name}'
+        self.metrics = os.path.join(s['out_dir'], f'metrics{suffix}.csv')
+        self.config = os.path.join(s['out_dir'], f'config{suffix}.json')
+        self.step, self.seen, self.seconds, self.best = 0, 0, 0.0, -math.inf
+        self.signal, self.stopping = 0, False
+        self.rank, self.world_size, local = ranks()
+        self.n_micro, self.device, self.dtype, self.compile = (
+            s[k] for k in ('gradient_accumulation_steps', 'device', 'dtype', 'compile'))
+        if self.n_micro % self.world_size:
+            raise UserError(f'{self.world_size} ranks cannot share --gradient_accumulation_steps='
+                            f'{self.n_micro}')
+        if self.world_size > 1 and torch.cuda.is_available() and self.device in ('auto', 'cuda'):
+            self.device = f'cuda:{local}'
+        self.device = pick_device(self.device)
+        self.device_type = torch.device(self.device).type
+        if self.device_type == 'cuda':
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            backend = 'cpu:gloo,cuda:nccl' if self.device_type == 'cuda' else 'gloo'
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        if self.dtype == 'auto':  # bfloat16 only where the hardware multiplies it
+            fast = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                    'cpu': torch.cpu._is_avx512_bf16_supported}.get(self.device_type, bool)
+            self.dtype = 'bfloat16' if fast() else 'float32'
+        if self.compile == 'auto':  # on a CPU plain code is faster: first_edition/variants_cpu.csv
+            self.compile = self.device_type == 'cuda'
+        self.autocast = autocast(self.device, self.dtype)
+        torch.set_float32_matmul_precision('high')  # fp32 products are TF32 on CUDA
+
+    def all_sum(self, x):
+        """The tensor x summed over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def resume(self, kind: str, fixed: dict) -> dict | None:
+        """The checkpoint to go on from, None where out_dir has none; this run is then at its step.
+
+        Raises UserError where an entry of `fixed`, {name: value}, was another when it was written. Every
+        other setting that changed is printed and taken.
+        """
+        path, self.fixed = os.path.join(self.s['out_dir'], f'{self.name}.pt'), fixed
+        if not os.path.exists(path):
+            if self.s['init_from'] == 'resume':
+                raise UserError(f"--init_from=resume: there is no '{path}'")
+            return None
+        state = load_checkpoint(path, kind)
+        for name, value in fixed.items():
+            if (old := state['fixed'].get(name)) != value:
+                raise UserError(f"'{path}' was trained with {name}={old}, not {value}: set it back, or take "
+                                'another --out_dir')
+        was = state['settings']
+        changed = {k: (was.get(k), v) for k, v in self.s.items() if was.get(k) != v}
+        self.say(f"going on from step {state['step']} of {path}",
+                 *(f'  {name} is now {new!r}, was {old!r}' for name, (old, new) in changed.items()))
+        self.step, self.seen, self.seconds = state['step'], state['seen'], state['seconds']
+        self.fixed = state['fixed'] | fixed
+        if not changed.keys() & {'data_dir', 'eval_iters', 'batch_size', 'block_size'}:
+            self.best = state['best']  # else it was measured on other sentences
+        return state
+
+    def begin(self, optimizer, state: dict | None):
+        """Make the files of a run, and the optimizer that of the checkpoint `state` where there is one."""
+        self.optimizer, self.first, self.counted = optimizer, self.step, [0, 0]
+        self.since = self.began = time.time()
+        if state:
+            now = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state['optimizer'])
+            for group, settings in zip(optimizer.param_groups, now):  # settings of now, moments of then
+                group.update(settings)
+        if self.rank == 0:
+            os.makedirs(self.s['out_dir'] or '.', exist_ok=True)
+            kept = []
+            if state and os.path.exists(self.metrics):  # rows after the checkpoint's step are written again
+                with open(self.metrics, encoding='utf-8') as f:
+                    kept = [line for line in list(f)[1:] if int(line.partition(',')[0]) <= self.step]
+            write_file(self.metrics, ','.join(self.columns) + '\n' + ''.join(kept))
+            write_file(self.config, json.dumps(self.s, indent=1))
+        self.bar = tqdm(total=self.s['max_iters'], initial=self.step, unit='step',
+                        disable=self.rank > 0 or not sys.stderr.isatty())
+
+        def on_signal(number, frame):  # the first asks the loop to save and stop, the second stops at once
+            if self.signal:
+                os._exit(128 + number)
+            self.signal = number
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+
+    def micro_batches(self, corpus, step: int, rows: dict) -> list:
+        """This rank's micro-batches of a step, on the CPU: (tokens, sentence, document) each."""
+        batches = (corpus.batch(step, i, self.n_micro, **rows, seed=self.s['seed'])
+                   for i in range(self.rank, self.n_micro, self.world_size))
+        return [[torch.from_numpy(b[k]) for k in ('tokens', 'sentence', 'document')] for b in batches]
+
+    def validation_batches(self, corpus, n: int, rows: dict):
+        """n batches of this rank, always the same ones, on the device."""
+        for i in range(n):
+            batch = corpus.batch(i, self.rank, self.world_size, **rows)
+            yield self.to_device([torch.from_numpy(batch[k]) for k in ('tokens', 'sentence', 'document')])
+
+    def to_device(self, batch) -> list:
+        """The tensors of a batch on the device; the copy to a GPU waits for nothing."""
+        if self.device_type != 'cuda':
+            return [x.to(self.device) for x in batch]
+        return [x.pin_memory().to(self.device, non_blocking=True) for x in batch]
+
+    def evaluates(self) -> bool:
+        """Whether this step is evaluated: the first one, every eval_interval and the last."""
+        resumed = self.step == self.first > 0
+        return (self.step % self.s['eval_interval'] == 0 or self.step == self.s['max_iters']) and not resumed
+
+    def count(self, *counts: int) -> list[int]:
+        """Tokens, and others, of a step over all ranks; notes whether some rank was asked to stop."""
+        total = torch.tensor([*counts, int(self.signal > 0)])  # on the CPU: a GPU is not waited for
+        *counts, self.stopping = self.all_sum(total).tolist()
+        self.counted = [a + b for a, b in zip(self.counted, counts)]
+        self.seen += counts[0]
+        return counts
+
+    def log(self, row: dict):
+        """Append a row to the metrics; cells that were not measured stay blank. Stops where a value is not
+        finite."""
+        now = time.time()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise UserError(f'step {self.step}: {name} is not finite. Checkpoints are older and whole; '
+                                'try a lower --learning_rate')
+        if self.rank == 0:
+            row = {'step': self.step, 'epoch': self.step / self.steps_per_epoch, 'tokens': self.seen,
+                   'seconds': self.seconds, **row}
+            with open(self.metrics, 'a', newline='', encoding='utf-8') as f:
+                csv.DictWriter(f, self.columns, lineterminator='\n').writerow(
+                    {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+
+    def log_step(self, loss, norm, **row):
+        """Count the step, and every log_interval write its loss and gradient norm (tensors) and the speed so
+        far."""
+        self.step += 1
+        self.bar.update(1)
+        if self.step % self.s['log_interval'] == 0 or self.evaluates() or self.stopping:
+            loss, norm, elapsed = self.all_sum(loss).item(), norm.item(), time.time() - self.since
+            speed = {k: n / elapsed for k, n in zip(('tokens_per_s', 'predictions_per_s'), self.counted)}
+            self.log({'loss': loss, 'grad_norm': norm, **row, **speed})
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed['tokens_per_s']:,.0f} tokens/s")
+            self.counted = [0, 0]
+
+    def record(self, values: dict, score: float, text: str, state: dict):
+        """After an evaluation: say it, write its row, keep the best checkpoint by `score` and the newest
+        one."""
+        self.log(values)
+        done = self.step - self.first
+        minutes = (time.time() - self.began) / 60 / max(done, 1) * (self.s['max_iters'] - self.step)
+        left = f' | {minutes:.1f} min left' if done else ''
+        if self.rank == 0:
+            tqdm.write(f'step {self.step}: {text}{left}', file=sys.stdout)
+            sys.stdout.flush()
+        if self.step == 0 and self.name == 'encoder':
+            self.save(state, '_init')
+        elif self.step:
+            if score > self.best:
+                self.best = score
+                self.save(state, '_best')
+            self.save(state)
+        self.since = time.time()
+
+    def save(self, state: dict, suffix: str = ''):
+        """Write the checkpoint <name><suffix>.pt; the one without a suffix holds what is needed to go on."""
+        state = {**state, 'step': self.step, 'settings': self.s}
+        if not suffix:
+            state |= {'optimizer': self.optimizer.state_dict(), 'fixed': self.fixed, 'seen': self.seen,
+                      'seconds': self.seconds, 'best': self.best}
+        if self.rank == 0:
+            save_checkpoint(os.path.join(self.s['out_dir'], f'{self.name}{suffix}.pt'), state)
+
+    def end(self, state: dict, hint: str):
+        """Save where the run was stopped, and leave: exit code 0 at the end, 128 + n after signal n."""
+        self.bar.close()
+        if self.stopping:
+            self.save(state)
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        if self.step < self.s['max_iters']:
+            self.say(f"stopped at step {self.step}, saved to {self.s['out_dir']}: the same command goes on")
+            sys.exit(128 + (self.signal or signal.SIGTERM))
+        minutes = self.seconds / 60
+        self.say(f"{self.s['out_dir']} has {self.step} steps, {minutes:.1f} minutes of training. {hint}")
+
+    def say(self, *lines: str):
+        """Print lines from the first rank."""
+        if self.rank == 0:
+            print(*lines, sep='\n', flush=True)
+
+
+def save_checkpoint(path: str, state: dict):
+    """Write `state` whole or not at all. Raises OSError."""
+    try:
+        write_file(path, lambda f: torch.save({'format': FORMAT, **state}, f))
+    except RuntimeError as error:  # torch's writer turns a full disk into one about positions
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def load_checkpoint(path: str, kind: str) -> dict:
+    """The checkpoint of `kind` at `path`, or in that out_dir, read to the CPU. Raises UserError with what to
+    do."""
+    path = os.path.join(path, f'{kind}.pt') if os.path.isdir(path) else path
+    if not os.path.exists(path):
+        script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
+        raise UserError(f"no {kind} at '{path}': train one with {script}, or give its --out_dir")
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # damaged bytes raise anything
+        if isinstance(error, (OSError, MemoryError)) or 'alloc' in str(error):
+            raise UserError(f"cannot read '{path}': {str(error) or 'out of memory'}") from error
+        raise UserError(f"'{path}' is damaged, or no checkpoint ({type(error).__name__}): give another, such "
+                        'as a *_best.pt beside it') from error
+    if not isinstance(state, dict) or (state.get('format'), state.get('kind')) != (FORMAT, kind):
+        raise UserError(f"'{path}' holds no {kind} of format {FORMAT}: train one with this version")
+    return state
