@@ -1,22 +1,26 @@
 """LANG-JEPA's models: an encoder and a predictor that work on sentences, and a decoder that writes them back.
 
-    h = encoder(tokens, context view)      c = mean of h over each sentence        p = predictor(c)
-    z = mean of target(tokens, sentence view) over each sentence                   concept = normalize((z - mu) W)
-    loss = 1 - cos(p[i], concept[i + 1])   for neighbours in one document
+    h = encoder(tokens, view)   sentence view: a token sees its own sentence (context='concepts', the default)
+                                context view: its own and all earlier ones of its document (context='tokens')
+    c = whiten(weighted mean of h over each sentence)
+    p = predictor(c)            causal over the sentences of a document; p[i] predicts sentence i + 1
+    z = the same mean of target(tokens, sentence view), no gradient; target = moving average of the encoder
+    concept = whiten(z) = normalize((z - mu) W)
+    loss = 1 - cos(p[i], concept[i + 1])    for neighbours in one document
 
-Letters in shapes: B rows, T tokens in a row, S sentences in a row, D the width of a concept, V the vocabulary.
-A row comes from prepare.Corpus: `tokens` (B, T), `sentence` (B, T) the sentence of each token or -1 for padding,
-`document` (B, S) the document of each sentence or -1 where the row has fewer.
+Training centres targets on the mean of their micro-batch, inputs on the running mean; afterwards both are
+centred on the running mean. W is always a running one. With context='concepts' the predictor learns from two
+inputs: c, and the targets' own concepts, which it reads after training.
+
+Letters in shapes: B rows, T tokens in a row, S sentences in a row, D the width of a concept, V the
+vocabulary. A row comes from prepare.Corpus: `tokens` (B, T), `sentence` (B, T) the sentence of each token or
+-1 for padding, `document` (B, S) the document of each sentence or -1 where the row has fewer.
 """
 
 import copy
-import errno
 import inspect
 import json
-import math
-import os
-import shutil
-import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,18 +31,36 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
-FORMAT = 6  # of checkpoints
-HEAD_CHUNK = 1024  # positions whose logits are held at once in training
-READ = 9  # predictions are scaled by how many sentences were read: 1, 2, ... 8, more
+from config import UserError
+from config.run import autocast, load_checkpoint, pick_device
+from prepare import load_tokenizer
+
+# ----------------------------------------------------------------------------------------------------
+# Masks: who sees whom
+
+def build_mask(group, causal=False, order=None, path='mask'):
+    """The attention mask of one rule: a position sees those of its `group` that do not come later in `order`.
+
+    group (B, T): the sentence or document of each position; padding, -1, sees itself alone. order (B, T):
+    that of the positions where `causal`; None: both ways. 'flex' gives a BlockMask, 'mask' a boolean (B, 1,
+    T, T), 'spans' Spans.
+    """
+    B, T = group.shape
+    if path == 'spans':
+        return Spans(group, causal)
+    b, t = torch.arange(B, device=group.device)[:, None, None], torch.arange(T, device=group.device)
+    order = t.expand_as(group) if causal else order
+
+    def seen(b, h, q, k):
+        inside = (group[b, q] == group[b, k]) & ((group[b, q] >= 0) | (q == k))
+        return inside if order is None else inside & (order[b, k] <= order[b, q])
+    if path == 'flex':  # in one mode of autograd and autocast, or it would be compiled once for each
+        with torch.no_grad(), torch.autocast('cuda', enabled=False):
+            return compiled_block_mask(seen, B, None, T, T, device=group.device)
+    return seen(b, 0, t[None, :, None], t[None, None, :])[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Masks: who sees whom. One definition each, read by FlexAttention and by scaled_dot_product_attention alike; and Spans,
-# which says the same of views that keep to a sentence, for a CPU.
-
-def sentence_view(sentence, document):
-    """Each token sees its own sentence, both ways: nothing else can reach a target."""
-    return lambda b, h, q, k: sentence[b, q] == sentence[b, k]
+compiled_block_mask = torch.compile(create_block_mask)
 
 
 def document_of(sentence, document):
@@ -46,122 +68,68 @@ def document_of(sentence, document):
     return torch.where(sentence < 0, -1, document.gather(1, sentence.clamp(min=0)))
 
 
-def context_view(sentence, document):
-    """Each token sees its own and all earlier sentences of its document."""
-    doc = document_of(sentence, document)
-    return lambda b, h, q, k: (doc[b, q] == doc[b, k]) & (sentence[b, k] <= sentence[b, q])
+def pairs(document):
+    """Boolean (B, S - 1): sentence i + 1 follows sentence i in the same document, of document (B, S)."""
+    return (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
 
 
-def causal_view(group):
-    """Each position sees itself and what stands before it in its group (B, T): a sentence or a document."""
-    return lambda b, h, q, k: (group[b, q] == group[b, k]) & (k <= q)
+def attention_path(device_type, compiled, hf=False):
+    """How masks are best built: 'flex' on CUDA, compiled; 'spans' on a CPU, not compiled; or 'mask'.
 
-
-def build_mask(mod, shape, device, path='mask'):
-    """The mask of `mod` for rows of `shape` (B, T): a BlockMask for 'flex', else a boolean tensor (B, 1, T, T)."""
-    B, T = shape
-    if path == 'flex':
-        return _compiled_block_mask()(mod, B, None, T, T, device=device)
-    b = torch.arange(B, device=device)[:, None, None]
-    t = torch.arange(T, device=device)
-    return mod(b, 0, t[None, :, None], t[None, None, :])[:, None]
+    FlexAttention needs compute capability 8 and has no backward on a CPU, spans have no fixed shape, and
+    models of transformers take a mask.
+    """
+    if device_type == 'cuda' and compiled and not hf and torch.cuda.get_device_capability() >= (8, 0):
+        return 'flex'
+    return 'spans' if device_type == 'cpu' and not compiled and not hf else 'mask'
 
 
 class Spans:
-    """In a mask's place: each position attends within its run of equal `group` (B, T), to all or causally.
+    """In a mask's place: each position attends within its run of equal `group` (B, T), both ways or causally.
 
-    A row has some twenty sentences, so a mask over it is nearly all False, and a CPU computes all of it. Here runs of
-    like length are padded to the same power of two and attend in a batch of their own: 2.7 times as fast, forward and
-    backward, in rows of 512. Positions with group < 0 get zeros; some must have another.
+    A row has some twenty sentences, so a mask over it is nearly all False, and a CPU computes all of it. Here
+    runs of like length are padded to the same power of two and attend in a batch of their own: 2.7 times as
+    fast, forward and backward, in rows of 512. Padding gets zeros; some position must have a group.
     """
 
     def __init__(self, group, causal=False):
         B, T = group.shape
         self.causal = causal
         row = torch.arange(B, device=group.device)[:, None]
-        value, length = torch.unique_consecutive(torch.where(group < 0, -1, group + row * (T + 1)), return_counts=True)
-        start = (length.cumsum(0) - length)[value >= 0]
-        length = length[value >= 0]
+        run, length = torch.unique_consecutive(
+            torch.where(group < 0, -1, group + row * (group.max() + 1)), return_counts=True)
+        start, length = (length.cumsum(0) - length)[run >= 0], length[run >= 0]
         width = (2 ** length.clamp(min=16).log2().ceil().long()).clamp(max=T)
-        slots, self.inside = [], []  # position of each slot; per width, which slots (n, width) are not padding
+        slots, self.inside = [], []  # position of each slot; per width, which (n, width) are not padding
         for w in width.unique().tolist():
-            at = torch.arange(w, device=group.device)
-            inside = at < length[width == w][:, None]
-            slots.append((start[width == w][:, None] + at * inside).flatten())
-            self.inside.append(inside)
-        slot, used = torch.cat(slots), torch.cat([i.flatten() for i in self.inside])
-        position = torch.zeros(B * T, dtype=torch.long, device=group.device)  # slot of each position
-        position[slot[used]] = used.nonzero()[:, 0]
-        self.to_slots, self.to_positions = (slot, used[:, None]), (position, (group >= 0).flatten()[:, None])
+            offset = torch.arange(w, device=group.device)
+            self.inside.append(offset < length[width == w][:, None])
+            slots.append((start[width == w][:, None] + offset * self.inside[-1]).flatten())
+        self.slot, used = torch.cat(slots), torch.cat([i.flatten() for i in self.inside])
+        self.position = torch.zeros(B * T, dtype=torch.long, device=group.device)  # slot of each position
+        self.position[self.slot[used]] = used.nonzero()[:, 0]
+        self.used = (group >= 0).flatten()[:, None]
 
     def attend(self, qkv, rope, n_head):
         """Attention output (B, T, D) of queries, keys and values qkv (B, T, 3 D)."""
         B, T = qkv.shape[:2]
-        x = Rearrange.apply(qkv.flatten(0, 1), *self.to_slots, *self.to_positions)
-        out = []
+        x, out = qkv.flatten(0, 1).index_select(0, self.slot), []
         for inside, part in zip(self.inside, x.split([i.numel() for i in self.inside])):
             n, w = inside.shape
             q, k, v = part.view(n, w, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-            q, k = (rotate(x, rope[0][:w], rope[1][:w]).flatten(0, 1) for x in (q, k))  # places within the run
-            seen = torch.ones(w, w, dtype=torch.bool, device=q.device).tril() if self.causal else inside[:, None, None]
+            q, k = (rotate(x, rope[0][:w], rope[1][:w]).flatten(0, 1) for x in (q, k))  # places in the run
             score = (q @ k.transpose(1, 2)).float().view(n, n_head, w, w) * q.shape[-1] ** -0.5
-            share = score.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
-            out.append((share @ v).transpose(1, 2).reshape(n * w, -1))
-        return Rearrange.apply(torch.cat(out), *self.to_positions, *self.to_slots).view(B, T, -1)
+            triangle = torch.ones(w, w, dtype=torch.bool, device=q.device).tril()
+            score = score.masked_fill(~(triangle if self.causal else inside[:, None, None]), -torch.inf)
+            out.append((score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(n * w, -1))
+        return (torch.cat(out).index_select(0, self.position) * self.used).view(B, T, -1)
 
 
-class Rearrange(torch.autograd.Function):
-    """Rows of x by index, zero where not `ok`; (back, back_ok) undoes it, so that the gradient is a gather as well."""
-
-    @staticmethod
-    def forward(ctx, x, index, ok, back, back_ok):
-        ctx.save_for_backward(back, back_ok)
-        return x.index_select(0, index).masked_fill_(~ok, 0)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        back, ok = ctx.saved_tensors
-        return gradient.index_select(0, back).masked_fill_(~ok, 0), None, None, None, None
-
-
-def pick_device(name):
-    """The device of the setting `device`; auto: cuda where there is one. Raises ValueError for what is not there."""
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        kind = torch.device(name).type
-    except (RuntimeError, TypeError):
-        raise ValueError(f"--device={name}: expected 'auto', 'cpu', 'cuda' or 'cuda:1'") from None
-    if kind == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'--device={name}: this machine, or this build of torch, has no CUDA')
-    return name
-
-
-def attention_path(device, compiled, hf=False):
-    """How masks are best built: 'flex' on CUDA, compiled; 'spans' on CPU, not compiled; or 'mask'.
-
-    FlexAttention has no backward on CPU, spans have no fixed shape, and models of transformers take a mask.
-    """
-    if hf:
-        return 'mask'
-    return 'flex' if device == 'cuda' and compiled else 'spans' if device == 'cpu' and not compiled else 'mask'
-
-
-_block_mask = None
-
-
-def _compiled_block_mask():
-    global _block_mask
-    if _block_mask is None:
-        _block_mask = torch.compile(create_block_mask)
-    return _block_mask
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Transformer: pre-norm, rotary positions, RMSNorm, no biases. Encoder, predictor and decoder are all made of it.
+# ----------------------------------------------------------------------------------------------------
+# Transformer: pre-norm, rotary positions, RMSNorm, no biases. Encoder, predictor and decoder are made of it.
 
 def rotary(positions, dim, base=10_000.0):
-    """Cosines and sines (len(positions), dim / 2) of rotary position embedding (Su et al. 2021, arXiv:2104.09864)."""
+    """Cosines and sines (len(positions), dim / 2) of rotary embedding (Su et al. 2021, arXiv:2104.09864)."""
     rate = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angle = positions.float()[:, None] * rate
     return angle.cos(), angle.sin()
@@ -174,33 +142,31 @@ def rotate(x, cos, sin):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer of 4 D with GELU, each on a normalised copy of the residual stream."""
+    """Attention and a feed-forward layer of 4 D with GELU, each on a normalised copy of the residual stream.
 
-    def __init__(self, dim, n_head, dropout, n_layer):
+    With `identity`, its output projections start as zeros, so that it starts as the identity.
+    """
+
+    def __init__(self, dim, n_head, dropout, n_layer, identity=False):
         super().__init__()
         if dim % n_head or (dim // n_head) % 2:
-            raise ValueError(f'n_embd={dim} must be an even multiple of n_head={n_head}')
+            raise UserError(f'n_embd={dim} must be an even multiple of n_head={n_head}')
         self.n_head, self.dropout = n_head, dropout
-        self.norm1 = nn.RMSNorm(dim, eps=1e-6)
+        self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
-        self.norm2 = nn.RMSNorm(dim, eps=1e-6)
         self.up = nn.Linear(dim, 4 * dim, bias=False)
         self.down = nn.Linear(4 * dim, dim, bias=False)
         for layer in (self.qkv, self.up):
             nn.init.normal_(layer.weight, std=dim ** -0.5)
-        nn.init.normal_(self.proj.weight, std=(2 * n_layer * dim) ** -0.5)  # the residual stream keeps its scale
-        nn.init.normal_(self.down.weight, std=(2 * n_layer * 4 * dim) ** -0.5)
-
-    def silence(self):
-        """Let both branches end in zeros: the block starts as the identity."""
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.down.weight)
+        for layer in (self.proj, self.down):  # the residual stream keeps its scale
+            nn.init.normal_(layer.weight, std=0.0 if identity else (2 * n_layer * layer.in_features) ** -0.5)
 
     def forward(self, x, rope, mask, cache=None):
-        """x (B, T, D); mask a BlockMask, Spans, boolean (B, 1, T, T) or None for all; cache (keys, values, length)."""
+        """x (B, T, D); mask as build_mask gives it, or None; cache (keys, values, length) of a decoder."""
         qkv = self.qkv(self.norm1(x))
-        y = mask.attend(qkv, rope, self.n_head) if isinstance(mask, Spans) else self.attend(qkv, rope, mask, cache)
+        spans = isinstance(mask, Spans)
+        y = mask.attend(qkv, rope, self.n_head) if spans else self.attend(qkv, rope, mask, cache)
         x = x + F.dropout(self.proj(y), self.dropout, self.training)
         y = self.down(F.gelu(self.up(self.norm2(x))))
         return x + F.dropout(y, self.dropout, self.training)
@@ -221,36 +187,44 @@ class Block(nn.Module):
         return y.transpose(1, 2).reshape(B, T, D // 3)
 
 
-class Encoder(nn.Module):
-    """Tokens to states; what a token sees is the mask's affair, so both views share these weights.
+class Transformer(nn.ModuleList):
+    """n_layer Blocks and their rotary positions; arguments as of Block."""
 
-    The branches of its blocks end in zeros at first: it starts as the embeddings, whose start means something
-    (neighbour_embeddings), and random branches would only blur them.
+    def __init__(self, dim, n_head, dropout, n_layer, identity=False):
+        super().__init__(Block(dim, n_head, dropout, n_layer, identity) for _ in range(n_layer))
+        self.head_dim = dim // n_head
+
+    def forward(self, x, mask, caches=None, start=0):
+        """x (B, T, dim), from position `start` on -> (B, T, dim); caches: keys, values of each block."""
+        rope = rotary(torch.arange(start, start + x.shape[1], device=x.device), self.head_dim)
+        for i, block in enumerate(self):
+            x = block(x, rope, mask, caches and (*caches[i], start))
+        return x
+
+
+class Encoder(nn.Module):
+    """Tokens to states. Attention is set by the mask, so both views share the weights.
+
+    Its blocks start as the identity: it starts as the embeddings, whose start means something
+    (neighbour_embeddings), and random blocks would only blur them.
     """
 
     def __init__(self, vocab_size, n_layer, n_head, n_embd, dropout=0.0):
         super().__init__()
-        self.head_dim = n_embd // n_head
-        self.embedding = nn.Embedding(vocab_size, n_embd)  # unit scale: smaller ones are swamped by their common mode
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
-        for block in self.blocks:
-            block.silence()
+        self.embedding = nn.Embedding(vocab_size, n_embd)  # smaller ones drown in their common mode
+        self.blocks = Transformer(n_embd, n_head, dropout, n_layer, identity=True)
         self.norm = nn.RMSNorm(n_embd, eps=1e-6)
 
     def forward(self, tokens, mask):
-        """tokens (B, T), mask as in Block -> states (B, T, D)."""
-        rope = rotary(torch.arange(tokens.shape[1], device=tokens.device), self.head_dim)
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, rope, mask)
-        return self.norm(x)
+        """tokens (B, T), mask as build_mask gives it -> states (B, T, D)."""
+        return self.norm(self.blocks(self.embedding(tokens), mask))
 
 
 class HFEncoder(nn.Module):
-    """A model of `transformers` in Encoder's place, from its configuration as json: same call, its own positions.
+    """A model of `transformers` in Encoder's place, from its configuration as json: same call, own positions.
 
-    Models trained to fill in words see both ways, as Encoder does; those trained to go on see only what came before.
-    Raises ImportError without transformers, ValueError for a model that cannot be used.
+    Models trained to fill in words see both ways, as Encoder does; those trained to go on see only what came
+    before. Raises UserError for a model that cannot be used.
     """
 
     def __init__(self, config, dropout=0.0):
@@ -267,8 +241,8 @@ class HFEncoder(nn.Module):
         self.net = transformers.AutoModel.from_config(config, attn_implementation='sdpa')
         if 'position_ids' not in inspect.signature(self.net.forward).parameters or \
                 layers - {'full_attention', 'sliding_attention'}:
-            raise ValueError(f'a {config.model_type} model takes no positions or has layers that no mask reaches: it '
-                             'cannot read packed sentences')
+            raise UserError(f'a {config.model_type} model takes no positions or masks in some layer: '
+                            'it cannot read packed sentences')
         if hasattr(self.net, 'pooler'):
             self.net.pooler = None  # of the first token; it would have no gradient
         self.causal = type(config) not in MODEL_FOR_MASKED_LM_MAPPING
@@ -286,45 +260,54 @@ class HFEncoder(nn.Module):
     def forward(self, tokens, mask):
         """tokens (B, T), mask boolean (B, 1, T, T) -> states (B, T, D).
 
-        Positions count from the first token that one sees, of its sentence or its document; past the model's last
-        they stay there.
+        Positions count from the first token that one sees, of its sentence or its document; past the model's
+        last they stay there.
         """
-        T = tokens.shape[1]
-        at = torch.arange(T, device=tokens.device)
-        place = (at - mask[:, 0].byte().argmax(-1)).clamp(max=self.max_positions - 1) + self.first_position
+        t = torch.arange(tokens.shape[1], device=tokens.device)
+        position = (t - mask[:, 0].byte().argmax(-1)).clamp(max=self.max_positions - 1) + self.first_position
         if self.causal:
-            mask = mask & (at <= at[:, None])
+            mask = mask & (t <= t[:, None])
         if self.window:
             reach = self.window - self.causal  # transformers counts the token itself in a causal window
-            mask = {'full_attention': mask, 'sliding_attention': mask & ((at - at[:, None]).abs() <= reach)}
-        return self.net(input_ids=tokens, attention_mask=mask, position_ids=place).last_hidden_state
+            near = (t - t[:, None]).abs() <= reach
+            mask = {'full_attention': mask, 'sliding_attention': mask & near}
+        return self.net(input_ids=tokens, attention_mask=mask, position_ids=position).last_hidden_state
 
 
 def pretrained(name, tokenizer):
-    """(entries of JEPAConfig, weights for HFEncoder.net) of the `transformers` model of that name or folder, in fp32.
+    """(entries of JEPAConfig, weights for HFEncoder.net) of the `transformers` model of that name or folder,
+    fp32.
 
-    Raises ImportError without transformers, OSError where there is no such model, ValueError where the prepared data
-    have another tokenizer (meta.json's entry `tokenizer`).
+    Raises UserError where there is none, or where the data have another tokenizer (meta.json's entry
+    `tokenizer`).
     """
-    import transformers  # optional: pip install transformers
-    net = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    try:
+        import transformers  # optional
+        net = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    except ImportError:
+        raise UserError(f'--init_from=hf:{name} needs `pip install transformers`') from None
+    except (OSError, ValueError) as error:
+        raise UserError(f'--init_from=hf:{name}: {str(error).splitlines()[0]}') from None
     config = net.config
     if not hasattr(config, 'vocab_size'):
-        raise ValueError(f'hf:{name} is a {config.model_type} model: it does not read text alone')
-    same = tokenizer['name'] == f'hf:{name}' or (config.model_type, tokenizer['name']) == ('gpt2', 'gpt2')
-    if not same or tokenizer['n_vocab'] > config.vocab_size:
-        raise ValueError(f"the data were prepared with '{tokenizer['name']}' ({tokenizer['n_vocab']:,} tokens), and "
-                         f'hf:{name} knows {config.vocab_size:,} of its own: prepare them with --tokenizer=hf:{name}')
+        raise UserError(f'hf:{name} is a {config.model_type} model: it does not read text alone')
+    known = tokenizer['name'] == f'hf:{name}' or (config.model_type, tokenizer['name']) == ('gpt2', 'gpt2')
+    if not known or tokenizer['n_vocab'] > config.vocab_size:
+        raise UserError(f"the data have {tokenizer['n_vocab']:,} tokens of '{tokenizer['name']}', the model "
+                        f'{config.vocab_size:,} of its own: prepare with --tokenizer=hf:{name}')
     entries = {'hf': config.to_json_string(use_diff=False), 'n_layer': config.num_hidden_layers,
                'n_head': config.num_attention_heads, 'n_embd': config.hidden_size}
     return entries, {k: v for k, v in net.state_dict().items() if not k.startswith('pooler.')}
 
 
-def sif_weights(counts, a=1e-3):
-    """Weights (V,) of tokens in a sentence's mean, of their counts (V,): a / (a + frequency), 1 on average over text.
+# ----------------------------------------------------------------------------------------------------
+# Sentence means and the space of concepts
 
-    Smooth inverse frequency (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence embeddings"): without
-    it, the words that every sentence has make up most of its mean.
+def sif_weights(counts, a=1e-3):
+    """Weights (V,) of tokens in a sentence's mean, of their counts (V,): a / (a + frequency), 1 on average.
+
+    Smooth inverse frequency (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence
+    embeddings"): without it, the words that every sentence has make up most of its mean.
     """
     frequency = counts.float() / counts.sum()
     weights = a / (a + frequency)
@@ -332,148 +315,24 @@ def sif_weights(counts, a=1e-3):
 
 
 def sentence_mean(h, weights, sentence, n_sentences):
-    """Mean of the states h (B, T, D), each times its weight (B, T), over the tokens of each sentence -> fp32 (B, S, D).
+    """Weighted sum of states h (B, T, D), weights (B, T), over each sentence's tokens, by their number: (B,
+    S, D).
 
-    Zero where there is no such sentence.
-
-    A matrix product, not scatter_add: that one adds in no fixed order on CUDA, and a resumed run would differ.
+    fp32, TF32 on CUDA; zero where there is no such sentence. A matrix product, not scatter_add: that one adds
+    in no fixed order on CUDA.
     """
     ids = torch.arange(n_sentences, device=h.device)
     member = (sentence[:, None, :] == ids[None, :, None]).float()  # (B, S, T)
-    with torch.autocast(h.device.type, enabled=False):  # sums in fp32
+    with torch.autocast(h.device.type, enabled=False):
         return ((member * weights[:, None]) @ h.float()) / member.sum(-1, keepdim=True).clamp(min=1)
 
 
-@torch.no_grad()
-def neighbour_embeddings(steps, weight, dim, passes, own=0.3, reduce=lambda x: x):
-    """Token embeddings (V, dim) to start from, of length sqrt(dim): each points to the sentences around its own.
-
-    A sentence's mean of embeddings, times `weight` (V,), is whitened to a concept; a token's embedding becomes the sum
-    of the concepts before and after the sentences it comes in, each over its sentence's length (without that, STS-B is
-    a point lower), and a share `own` of a random vector of its own, which keeps words of one topic apart; and so again,
-    `passes` times. It is where the loss would pull the embeddings in the end, were the encoder linear: orthogonal
-    iteration towards the directions in which neighbouring sentences correlate (canonical correlation, Hotelling 1936,
-    the words' covariance taken as diagonal, as in Dhillon et al. 2015, "Eigenwords"). A pass takes seconds where
-    gradient steps take an hour to come as far.
-
-    The space is whitened here whatever the objective is, with Whitening's own floor.
-
-    `steps()` yields, for each training step, a list of this rank's batches as (tokens, sentence, document); `reduce`
-    sums a tensor over all ranks.
-    """
-    random = unit(torch.randn(len(weight), dim, device=weight.device))
-    table = random * dim ** 0.5
-
-    def means(tokens, sentence, document):
-        return sentence_mean(table[tokens], weight[tokens], sentence, document.shape[1])
-    for _ in range(passes):
-        whitening, measured = Whitening(dim).to(weight.device), 0
-        for batches in steps():
-            mean, cov, n = moments(torch.cat([means(*batch)[batch[2] >= 0] for batch in batches]), reduce)
-            whitening.update(mean, cov)
-            measured += n
-            if measured > 50 * dim:
-                break
-        whitening.refresh()
-        total = torch.zeros_like(table)
-        for tokens, sentence, document in (batch for batches in steps() for batch in batches):
-            z = whitening(means(tokens, sentence, document))  # (B, S, D)
-            follows = pairs(document)[..., None]
-            around = F.pad(z[:, :-1] * follows, (0, 0, 1, 0)) + F.pad(z[:, 1:] * follows, (0, 0, 0, 1))
-            length = (sentence[:, None] == torch.arange(document.shape[1], device=sentence.device)[:, None]).sum(-1)
-            around = around / length.clamp(min=1)[..., None]
-            row, at = (sentence >= 0).nonzero(as_tuple=True)
-            total.index_add_(0, tokens[row, at], around[row, sentence[row, at]])
-        table = unit((1 - own) * unit(reduce(total)) + own * random) * dim ** 0.5
-    return table
-
-
-class Predictor(nn.Module):
-    """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
-
-    It starts as "the same again, and more of what went before": the branches of its blocks end in zeros, but for the
-    first attention, which starts close to 8 times a mean of the concepts so far, the older the less: by exp(-fade) a
-    sentence. The last sentence tells place, the mean tells topic. Attention scores fall with distance, by a slope that
-    is learned for each head, the same in all blocks (ALiBi's, Press et al. 2022, arXiv:2108.12409, are fixed).
-    """
-
-    def __init__(self, n_layer, n_head, n_embd, dropout=0.0, fade=0.4):
-        super().__init__()
-        self.head_dim = n_embd // n_head
-        self.slope = nn.Parameter(torch.full((n_head,), fade))
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, n_layer) for _ in range(n_layer))
-        for block in self.blocks:
-            block.silence()
-        with torch.no_grad():
-            for block in self.blocks[:1]:
-                block.qkv.weight[:2 * n_embd] *= 0.1  # scores near 0: nearly equal attention
-                block.qkv.weight[2 * n_embd:] = torch.eye(n_embd)
-                block.proj.weight.copy_(8 * torch.eye(n_embd))
-
-    def forward(self, c, document):
-        """c (B, S, D) concepts scaled to length sqrt(D), document (B, S) -> predictions (B, S, D) of any length."""
-        rope = rotary(torch.arange(c.shape[1], device=c.device), self.head_dim)
-        mask = build_mask(causal_view(document), document.shape, c.device)
-        at = torch.arange(c.shape[1], device=c.device)
-        mask = torch.where(mask, -self.slope[:, None, None] * (at[:, None] - at), -torch.inf)  # (B, H, S, S)
-        for block in self.blocks:
-            c = block(c, rope, mask)
-        return c
-
-
-class Hypotheses(nn.Module):
-    """k concepts in the place of one prediction, each a learned step from it, and how likely each is to be the best.
-
-    Next sentences are many, and their mean may be none of them. Training follows the best of the k (best_of). The steps
-    start at random, at 0.3 of the prediction's length, and sum to zero: at first the k lie evenly around it.
-    """
-
-    def __init__(self, n_embd, k):
-        super().__init__()
-        self.steps = nn.Linear(n_embd, k * n_embd)
-        self.choice = nn.Linear(n_embd, k)
-        start = 0.3 * n_embd ** -0.5 * torch.randn(k, n_embd, n_embd)
-        with torch.no_grad():
-            self.steps.weight.copy_((start - start.mean(0)).flatten(0, 1))
-        for zero in (self.steps.bias, self.choice.weight, self.choice.bias):
-            nn.init.zeros_(zero)
-
-    def forward(self, p):
-        """Predictions p (B, S, D) -> concepts (B, S, k, D), of p's length or so, and logits (B, S, k), in fp32."""
-        size = p.norm(dim=-1, keepdim=True).clamp(min=1e-12) * p.shape[-1] ** -0.5
-        x = p / size
-        each = size[..., None] * (x[..., None, :] + self.steps(x).float().unflatten(-1, (-1, p.shape[-1])))
-        return each, self.choice(x.detach()).float()  # to be told what is best should move nothing else
-
-
-def best_of(losses, logits, counted, relaxed=0.05, balance=0.1):
-    """Loss (B, S) of hypotheses' losses (B, S, k), of which the smallest counts; logits (B, S, k) learn which that is.
-
-    Winner takes all, relaxed (Rupprecht et al. 2017, arXiv:1612.00197): a share `relaxed` of the weight is every
-    hypothesis's, so that one that never wins still comes nearer. `balance` is the weight of log k less the entropy of
-    how often each is the best, softly, over the pairs `counted` (B, S), of all ranks: none is to win all, or none.
-    """
-    k = losses.shape[-1]
-    best = losses.argmin(-1)
-    weight = (1 - relaxed) * F.one_hot(best, k) + relaxed / k
-    counted = counted[..., None].float()
-    n = over_ranks(counted.sum()).clamp(min=1)
-    usual = over_ranks((losses.detach() * counted).sum()) / (n * k)
-    soft = (-losses / (0.05 * usual).clamp(min=1e-6)).softmax(-1)  # a difference of a twentieth of the loss tells
-    used = over_ranks((soft * counted).sum((0, 1))) / n
-    uneven = math.log(k) + (used * used.clamp(min=1e-12).log()).sum()
-    told = F.cross_entropy(logits.flatten(0, -2), best.flatten(), reduction='none').view_as(best)
-    return (weight * losses).sum(-1) + told + balance * uneven
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The space of concepts
-
 class Whitening(nn.Module):
-    """Running mean and covariance of the target's sentence means, and W = C^-1/2: concept = normalize((z - mu) W).
+    """Running mean and covariance of the targets' sentence means, and W = C^-1/2.
 
-    In a whitened space every direction has the same variance, so the mean direction, the easiest thing to predict,
-    is gone, and a collapsed model predicts nothing. Eigenvalues are floored at `floor` of their mean.
+    In a whitened space every direction has the same variance, so the mean direction, the easiest thing to
+    predict, is gone, and a collapsed model predicts nothing. Eigenvalues are floored at `floor` of their
+    mean.
     """
 
     def __init__(self, dim, rate=0.99, mean_rate=0.97, floor=0.01):
@@ -484,131 +343,122 @@ class Whitening(nn.Module):
         self.register_buffer('W', torch.eye(dim))
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
 
+    def forward(self, z, used=None):
+        """Sentence means z (B, S, D) -> unit-norm concepts (B, S, D), fp32; shorter where z is the mean.
+
+        Centred on the running mean, or on z's own over the sentences `used` (B, S).
+        """
+        mean = self.mean if used is None else (z * used[..., None]).sum((0, 1)) / used.sum().clamp(min=1)
+        with torch.autocast(z.device.type, enabled=False):
+            return F.normalize((z.float() - mean) @ self.W, dim=-1, eps=0.1)  # most are sqrt(D) long
+
     @torch.no_grad()
-    def update(self, mean, cov):
-        """Move towards a batch's mean (D,) and covariance (D, D), the same on all ranks."""
+    def moments(self, z, used):
+        """Number, sum and sum of outer products (1 + D + D D,) of the rows of z (B, S, D) that are `used` (B,
+        S).
+
+        About the running mean and in float64: small eigenvalues are divided by. Those of batches and ranks
+        add up.
+        """
+        x = ((z.float() - self.mean) * used[..., None]).flatten(0, 1).double()
+        return torch.cat((used.sum().double()[None], x.sum(0), (x.T @ x).flatten()))
+
+    @torch.no_grad()
+    def update(self, moments):
+        """Take a step's moments into the running ones. Cumulative average until 1 / n falls below 1 -
+        rate."""
+        n, d = moments[0].clamp(min=1), len(self.mean)
+        mean, cov = moments[1:1 + d] / n, moments[1 + d:].view(d, d) / n
         self.steps += 1
-        share = 1.0 / self.steps.float()  # a plain average at first, until it would forget more slowly than told
-        # the mean is followed more closely: one that lags, or is of few batches, leaves concepts a direction in common
-        self.mean.lerp_(mean, share.clamp(min=1.0 - self.mean_rate))
-        self.cov.lerp_(cov, share.clamp(min=1.0 - self.rate))
+        share = 1.0 / self.steps.float()
+        # the mean is followed more closely: one that lags leaves all concepts a direction in common
+        self.mean += mean.float() * share.clamp(min=1.0 - self.mean_rate)
+        self.cov.lerp_((cov - mean.outer(mean)).float(), share.clamp(min=1.0 - self.rate))
 
     @torch.no_grad()
     def refresh(self):
         """Recompute W from the covariance, in fp32."""
-        value, vector = torch.linalg.eigh(self.cov.float())
-        floor = (self.floor * value.mean()).clamp(min=1e-12)
-        self.W.copy_((vector * value.clamp(min=floor).rsqrt()) @ vector.T)
+        value, vector = torch.linalg.eigh(self.cov)
+        # rounding leaves about 1e-8 of the mean's square where all sentences are equal: that is no direction
+        floor = self.floor * value.mean() + 1e-8 * self.mean.square().sum()
+        self.W.copy_((vector * value.clamp(min=floor.clamp(min=1e-12)).rsqrt()) @ vector.T)
 
-    def forward(self, z, mean=None):
-        """Sentence means z (..., D) -> unit-norm concepts (..., D), fp32; centred with `mean`, or the running one."""
-        with torch.autocast(z.device.type, enabled=False):
-            return F.normalize((z.float() - (self.mean if mean is None else mean)) @ self.W, dim=-1, eps=1e-6)
-
-
-def pairs(document):
-    """Boolean (B, S - 1): sentence i + 1 follows sentence i in the same document, of document (B, S)."""
-    return (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
-
-
-@dataclass
-class Objective:
-    """What training minimises: one switch each, compared in tests/ablate.py. The whitening's switch is the script's."""
-    loss: str = 'cosine'  # or 'mse', 'smooth_l1', 'infonce'
-    target: str = 'ema'  # or 'stopgrad': the encoder as it is; 'shared': that, and the gradient flows into it too
-    reg: str = 'none'  # or 'vicreg', 'sigreg': of the online encoder's sentence means
-    reg_weight: float = 1.0
-
-    def __post_init__(self):
-        known = {'loss': ('cosine', 'mse', 'smooth_l1', 'infonce'), 'target': ('ema', 'stopgrad', 'shared'),
-                 'reg': ('none', 'vicreg', 'sigreg')}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"--{name}={getattr(self, name)}: expected one of {', '.join(values)}")
+    def fit(self, batches, all_sum=lambda x: x):
+        """Start from 50 sentences a dimension, or all there are, of `batches`: pairs (z, used) as in
+        `moments`."""
+        total = 0
+        for z, used in batches:
+            total = total + all_sum(self.moments(z, used))
+            if total[0] >= 50 * len(self.mean):
+                break
+        self.update(total)
+        self.refresh()
 
 
-def distance(p, concepts, document, loss):
-    """Loss (B, S - 1), fp32, of predictions p[i] and concepts[i + 1], both (B, S, D); document (B, S).
+@torch.no_grad()
+def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x: x):
+    """Token embeddings (V, dim) to start from, of length sqrt(dim): each points to the sentences around its
+    own.
 
-    mse and smooth_l1 are means over dimensions, concepts of length sqrt(D) as the predictor reads them, and a tenth of
-    the prediction: it starts about ten times as long.
+    A sentence's mean of embeddings, times `weight` (V,), is whitened to a concept; a token's embedding
+    becomes the sum of the concepts before and after the sentences it comes in, each over its sentence's
+    length (without that, STS-B is a point lower), and a share `own` of a random vector, which keeps words of
+    one topic apart; and so again, `passes` times. It is where the loss would pull the embeddings, were the
+    encoder linear: orthogonal iteration towards what neighbouring sentences share (canonical correlation,
+    Hotelling 1936, the words' covariance taken as diagonal, as in Dhillon et al. 2015, "Eigenwords"). A pass
+    takes seconds where gradient steps take an hour to come as far.
+
+    `batches()` yields this rank's batches (tokens, sentence, document) of one pass; `all_sum` sums over
+    ranks.
     """
-    with torch.autocast(p.device.type, enabled=False):
-        p, z = p[:, :-1].float(), concepts[:, 1:].float()
-        if loss == 'cosine':
-            return 1 - F.cosine_similarity(p, z, dim=-1)
-        if loss == 'infonce':
-            return infonce(p, concepts, document)
-        f = F.mse_loss if loss == 'mse' else F.smooth_l1_loss
-        return f(0.1 * p, z * z.shape[-1] ** 0.5, reduction='none').mean(-1)
+    random = unit(torch.randn(len(weight), dim, device=weight.device))
+    table = random * dim ** 0.5
+
+    def means(tokens, sentence, document):
+        return sentence_mean(table[tokens], weight[tokens], sentence, document.shape[1])
+    for _ in range(passes):
+        whitening = Whitening(dim).to(weight.device)
+        whitening.fit(((means(*batch), batch[2] >= 0) for batch in batches()), all_sum)
+        total = torch.zeros_like(table)
+        for tokens, sentence, document in batches():
+            z = whitening(means(tokens, sentence, document))  # (B, S, D)
+            follows = pairs(document)[..., None]
+            around = F.pad(z[:, :-1] * follows, (0, 0, 1, 0)) + F.pad(z[:, 1:] * follows, (0, 0, 0, 1))
+            ids = torch.arange(document.shape[1], device=sentence.device)[:, None]
+            around = around / (sentence[:, None] == ids).sum(-1).clamp(min=1)[..., None]
+            row, position = (sentence >= 0).nonzero(as_tuple=True)
+            total.index_add_(0, tokens[row, position], around[row, sentence[row, position]])
+        table = unit((1 - own) * unit(all_sum(total)) + own * random) * dim ** 0.5
+    return table
 
 
-def infonce(p, concepts, document, temperature=0.1):
-    """Cross-entropy (B, S - 1) of telling concepts[i + 1] by p[i] from all others of the batch but sentence i.
+# ----------------------------------------------------------------------------------------------------
+# Predictor and training step
 
-    van den Oord et al. 2018 (arXiv:1807.03748); cosine similarity, over the temperature.
+class Predictor(nn.Module):
+    """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
+
+    It starts as the last concept plus 8 times a mean of the concepts so far, weighted exp(-fade) for each
+    sentence of distance: the output projections are zero but for the first attention. The last sentence tells
+    place, the mean tells topic. Attention scores fall with distance by a slope that is learned for each head,
+    the same in all blocks (those of ALiBi, Press et al. 2022, arXiv:2108.12409, are fixed).
     """
-    B, S, _ = concepts.shape
-    logits = F.normalize(p, dim=-1).flatten(0, 1) @ concepts.float().flatten(0, 1).T / temperature  # (B (S - 1), B S)
-    at = torch.arange(B * S, device=p.device).view(B, S)
-    left_out = (document.flatten() < 0) | (at.flatten() == at[:, :-1].flatten()[:, None])
-    logits = logits.masked_fill(left_out, -1e4)  # finite: where all are left out, the gradient is 0 and not NaN
-    return F.cross_entropy(logits, at[:, 1:].flatten(), reduction='none').view(B, S - 1)
 
+    def __init__(self, n_layer, n_head, n_embd, dropout=0.0, fade=0.4):
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((n_head,), fade))
+        self.blocks = Transformer(n_embd, n_head, dropout, n_layer, identity=True)
+        with torch.no_grad():
+            self.blocks[0].qkv.weight[:2 * n_embd] *= 0.1  # scores near 0: nearly equal attention
+            self.blocks[0].qkv.weight[2 * n_embd:] = torch.eye(n_embd)
+            self.blocks[0].proj.weight.copy_(8 * torch.eye(n_embd))
 
-class SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over all ranks, whose gradient is summed too: a statistic of all ranks is every rank's."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        torch.distributed.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        torch.distributed.all_reduce(gradient)
-        return gradient
-
-
-def over_ranks(x):
-    """x summed over ranks, with gradient."""
-    many = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return SumOverRanks.apply(x) if many else x
-
-
-def vicreg(x, counted):
-    """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the counted rows of x (N, D).
-
-    The hinge that holds each dimension's standard deviation at 1 or more, and a 25th, the paper's share, of the squared
-    covariances off the diagonal over D. Statistics are over all ranks.
-    """
-    counted = counted.float()[:, None]
-    n = over_ranks(counted.sum())
-    x = (x.float() - over_ranks((x * counted).sum(0)) / n) * counted
-    cov = over_ranks(x.T @ x) / (n - 1).clamp(min=1)
-    spread = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
-    return spread + (cov - cov.diagonal().diag()).square().sum() / len(cov) / 25
-
-
-def sigreg(x, counted, directions=256, points=17, reach=5.0):
-    """Sketched isotropic Gaussian regularisation (Balestriero & LeCun 2025, arXiv:2511.08544) of the rows of x (N, D).
-
-    The Epps-Pulley statistic, which tells a sample from a standard Gaussian by its characteristic function, averaged
-    over random directions: n times the integral over t of |mean exp(i t x) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), by the
-    trapezoid rule, n being the counted rows of all ranks, over which the means run. All ranks draw the same directions.
-    """
-    counted = counted.float()[:, None, None]
-    n = over_ranks(counted.sum())
-    a = torch.randn(x.shape[1], directions, device=x.device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(a, 0)
-    t = torch.linspace(-reach, reach, points, device=x.device)
-    angle = (x.float() @ F.normalize(a, dim=0))[..., None] * t  # (N, directions, points)
-    real, imaginary = (over_ranks((f(angle) * counted).sum(0)) / n for f in (torch.cos, torch.sin))
-    gauss = torch.exp(-t.square() / 2)
-    return n * torch.trapezoid(((real - gauss).square() + imaginary.square()) * gauss, t).mean()
+    def forward(self, concepts, document):
+        """Unit-norm concepts (B, S, D), document (B, S) -> predictions (B, S, D), fp32, of any length."""
+        position = torch.arange(document.shape[1], device=document.device)
+        distance, seen = position[:, None] - position, build_mask(document, causal=True)
+        mask = torch.where(seen, -self.slope[:, None, None] * distance, -torch.inf)  # (B, H, S, S)
+        return self.blocks(concepts * concepts.shape[-1] ** 0.5, mask).float()
 
 
 @dataclass
@@ -622,7 +472,6 @@ class JEPAConfig:
     dropout: float = 0.0
     context: str = 'concepts'
     fade: float = 0.4  # of the predictor's attention at first, a sentence
-    hypotheses: int = 1  # concepts that are predicted for a sentence
     hf: str = ''  # configuration, as json, of a transformers model in the encoder's place
 
 
@@ -631,20 +480,15 @@ class JEPA(nn.Module):
 
     def __init__(self, config: JEPAConfig):
         super().__init__()
-        if config.context not in ('concepts', 'tokens'):
-            raise ValueError(f"context='{config.context}': expected 'concepts' or 'tokens'")
-        self.config = config
-        if config.hf:
-            self.encoder = HFEncoder(config.hf, config.dropout)
-        else:
-            self.encoder = Encoder(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
-        self.predictor = Predictor(config.predictor_layer, config.n_head, config.n_embd, config.dropout, config.fade)
-        self.hypotheses = Hypotheses(config.n_embd, config.hypotheses) if config.hypotheses > 1 else None
+        n_layer, n_head, n_embd, dropout = config.n_layer, config.n_head, config.n_embd, config.dropout
+        self.config, self.objective = config, Objective()
+        self.encoder = HFEncoder(config.hf, dropout) if config.hf else \
+            Encoder(config.vocab_size, n_layer, n_head, n_embd, dropout)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
-        self.whitening = Whitening(config.n_embd)
-        self.objective = Objective()
-        self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a sentence's mean: see sif_weights
-        self.register_buffer('prediction_scale', torch.ones(READ))  # see fit_prediction_scale
+        self.whitening = Whitening(n_embd)
+        self.predictor = Predictor(config.predictor_layer, n_head, n_embd, dropout, config.fade)
+        self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a mean: sif_weights
+        self.register_buffer('prediction_scale', torch.ones(()))  # makes a prediction's length its confidence
 
     def train(self, mode=True):
         super().train(mode)
@@ -652,134 +496,159 @@ class JEPA(nn.Module):
         return self
 
     def masks(self, sentence, document, path='mask'):
-        """(target's mask, context's mask), built outside the compiled region; one object where they are the same."""
-        own = Spans(sentence) if path == 'spans' else \
-            build_mask(sentence_view(sentence, document), sentence.shape, sentence.device, path)
+        """(sentence view's mask, the mask of the encoder's context); built outside the compiled region."""
+        own = build_mask(sentence, path=path)  # nothing but the sentence itself can reach a target
         if self.config.context == 'concepts':
             return own, own
-        return own, build_mask(context_view(sentence, document), sentence.shape, sentence.device, path)
+        path = 'mask' if path == 'spans' else path
+        return own, build_mask(document_of(sentence, document), order=sentence, path=path)
+
+    def means(self, net, tokens, sentence, document, mask):
+        """Sentence means (B, S, D), fp32, not whitened, of the states of `net`: the encoder or the target."""
+        return sentence_mean(net(tokens, mask), self.token_weight[tokens], sentence, document.shape[1])
 
     @torch.no_grad()
-    def target_means(self, tokens, sentence, n_sentences, mask):
-        """Unwhitened targets z (B, S, D), fp32, no gradient."""
-        return sentence_mean(self.target(tokens, mask), self.token_weight[tokens], sentence, n_sentences)
-
-    def means(self, tokens, sentence, document, mask):
-        """Means (B, S, D), fp32, over each sentence of the online encoder's states."""
-        return sentence_mean(self.encoder(tokens, mask), self.token_weight[tokens], sentence, document.shape[1])
+    def targets(self, tokens, sentence, document, own):
+        """Sentence means z (B, S, D) of the target encoder, no gradient."""
+        return self.means(self.target, tokens, sentence, document, own)
 
     def predict(self, tokens, sentence, document, mask):
-        """Predictions (B, S, D), fp32, of any length, of the concept of sentence i + 1, from the online encoder."""
-        return self.predict_concepts(self.whitening(self.means(tokens, sentence, document, mask)), document)
-
-    def predict_concepts(self, concepts, document, each=False):
-        """As predict, from unit-norm concepts (B, S, D): how a model of context='concepts' is used after training.
-
-        Of several hypotheses it gives the mean, weighted by how likely each is and by its length, or `each` of them:
-        (B, S, k, D).
-        """
-        p = self.predictor(concepts * concepts.shape[-1] ** 0.5, document).float()
-        if not self.hypotheses:
-            return p[:, :, None] if each else p
-        found, logits = self.hypotheses(p)
-        return found if each else (logits.softmax(-1)[..., None] * found).sum(-2)
-
-    def scaled(self, p, read):
-        """Predictions p (n, ..., D), each made of `read` (n,) sentences, at the length that says how sure they are."""
-        return self.prediction_scale[read.clamp(max=READ) - 1].view(-1, *[1] * (p.dim() - 1)) * p
-
-    def next_loss(self, context, concepts, document):
-        """Loss (B, S - 1) of what is predicted from context (B, S, D), given what comes, concepts (B, S, D)."""
-        kind, p = self.objective.loss, self.predictor(context * context.shape[-1] ** 0.5, document).float()
-        if not self.hypotheses:
-            return distance(p, concepts, document, kind)
-        found, logits = self.hypotheses(p)
-        losses = torch.stack([distance(q, concepts, document, kind) for q in found.unbind(2)], -1)
-        return best_of(losses, logits[:, :-1], pairs(document))
+        """Predictions (B, S, D), of any length, of the concept of sentence i + 1, from the online encoder."""
+        c = self.whitening(self.means(self.encoder, tokens, sentence, document, mask))
+        return self.predictor(c, document)
 
     def forward(self, tokens, sentence, document, concepts, mask):
-        """The objective's loss, 1 - cos(p[i], concept[i + 1]) where it is not another, summed over pairs; concepts
-        (B, S, D) are the whitened targets.
-
-        With context='concepts' the predictor learns from two inputs, half the loss each: the online encoder's states,
-        through which the encoder learns, and the targets' own concepts, which it reads after training. The online
-        encoder runs ahead of its average: a predictor that had seen only its states retrieved less.
-        """
-        goal = self.objective
-        means = self.means(tokens, sentence, document, mask)
-        own = self.whitening(means)
-        if goal.target == 'shared':
-            concepts = own
-        loss = self.next_loss(own, concepts, document)
-        if self.config.context == 'concepts' and goal.target != 'shared':
-            loss = (loss + self.next_loss(concepts, concepts, document)) / 2
-        follows = pairs(document)
-        loss = (loss * follows).sum()
-        if goal.reg != 'none':
-            measure = vicreg if goal.reg == 'vicreg' else sigreg
-            with torch.autocast(loss.device.type, enabled=False):
-                weight = goal.reg_weight * follows.sum()  # the caller divides by the pairs of all ranks
-                loss = loss + weight * measure(means.flatten(0, 1), document.flatten() >= 0)
-        return loss
-
-    def flops(self, n_tokens, n_sentences, n_seen):
-        """Floating-point operations of a training step on so many tokens and sentences, padding not counted.
-
-        n_seen: pairs of tokens of which one sees the other. A matrix is used by the online encoder forward and backward
-        (6 a weight) and by the target forward (2); whitening, under 1 %, is left out.
-        """
-        config, passes = self.config, 2 if self.config.context == 'concepts' else 1
-        predictor = matrix_weights(self.predictor) + (matrix_weights(self.hypotheses) if self.hypotheses else 0)
-        return (8 * matrix_weights(self.encoder) * n_tokens + 16 * config.n_layer * config.n_embd * n_seen
-                + 6 * passes * predictor * n_sentences)
+        """The loss, summed over pairs of neighbours, of predicting `concepts` (B, S, D), the whitened
+        targets."""
+        means = self.means(self.encoder, tokens, sentence, document, mask)
+        c = self.whitening(means)
+        if self.objective.target == 'shared':  # the targets are the inputs, with gradient
+            read = [concepts := c]
+        else:
+            read = [c, concepts] if self.config.context == 'concepts' else [c]
+        kind, follows = self.objective.loss, pairs(document)
+        losses = [pair_loss(self.predictor(x, document), concepts, document, kind) for x in read]
+        loss = (sum(losses) / len(losses) * follows).sum()
+        return loss + follows.sum() * self.objective.penalty(means.flatten(0, 1), document.flatten() >= 0)
 
     @torch.no_grad()
     def update_target(self, momentum):
         """target = momentum * target + (1 - momentum) * encoder, in fp32."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
 
+    def fingerprint(self) -> float:
+        """A number that tells one concept space (target, whitening) from another; a decoder keeps its
+        encoder's."""
+        tensors = [*self.target.parameters(), self.whitening.mean, self.whitening.W]
+        return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
 
-def moments(z, reduce=lambda x: x):
-    """Mean (D,), covariance (D, D) and number of the rows of z (n, D); `reduce` sums a tensor over all ranks.
 
-    With no row at all: zeros, and 1.
+# ----------------------------------------------------------------------------------------------------
+# Objectives: what training minimises. One switch each, compared in tests/ablate.py.
+
+@dataclass
+class Objective:
+    """The settings of train_encoder.py, which has the switch of the whitening too."""
+    loss: str = 'cosine'  # or 'mse', 'infonce'
+    target: str = 'ema'  # or 'stopgrad': the encoder as it is; 'shared': that, and with gradient
+    reg: str = 'none'  # or 'vicreg', 'sigreg': of the online encoder's sentence means
+    reg_weight: float = 1.0
+
+    def penalty(self, x, used):
+        """The regulariser of the rows of x (N, D) that are `used` (N,), times its weight."""
+        if self.reg == 'none':
+            return 0.0
+        with torch.autocast(x.device.type, enabled=False):
+            return self.reg_weight * (vicreg if self.reg == 'vicreg' else sigreg)(x, used)
+
+
+def pair_loss(p, concepts, document, loss):
+    """Loss (B, S - 1), fp32, of predictions p[i] and concepts[i + 1], both (B, S, D); document (B, S).
+
+    mse is a mean over dimensions, with concepts of length sqrt(D), as the predictor reads them, and a tenth
+    of the prediction: it starts about ten times as long.
     """
-    n = max(reduce(torch.tensor(len(z))).item(), 1)
-    mean = reduce(z.sum(0)) / n
-    centred = (z - mean).double()  # neither autocast nor TF32: small eigenvalues are divided by
-    return mean, reduce(centred.T @ centred).float() / n, n
+    with torch.autocast(p.device.type, enabled=False):
+        p, z = p[:, :-1].float(), concepts[:, 1:].float()
+        if loss == 'infonce':
+            return infonce(p, concepts, document)
+        if loss == 'mse':
+            return F.mse_loss(0.1 * p, z * z.shape[-1] ** 0.5, reduction='none').mean(-1)
+        return 1 - (unit(p) * z).sum(-1)
 
 
-def matrix_weights(module):
-    """Weights of the matrices of a module, without embeddings: what each token is multiplied with."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def infonce(p, concepts, document, temperature=0.1):
+    """Cross-entropy (B, S - 1) of telling concepts[i + 1] by p[i] from the batch's others (arXiv:1807.03748).
+
+    Cosine similarity over the temperature. Sentences of the document up to i are no negatives: they would
+    teach the model not to repeat what it read.
+    """
+    B, S, _ = concepts.shape
+    logits = F.normalize(p, dim=-1).flatten(0, 1) @ concepts.float().flatten(0, 1).T / temperature
+    index, document = torch.arange(B * S, device=p.device).view(B, S), document.flatten()
+    query = index[:, :-1].reshape(-1, 1)
+    left_out = (document < 0) | ((document[query] == document) & (index.flatten() <= query))
+    logits = logits.masked_fill(left_out, -1e4)  # finite: where all are left out the gradient is 0, not NaN
+    return F.cross_entropy(logits, index[:, 1:].flatten(), reduction='none').view(B, S - 1)
 
 
-def momentum_at(step, total, start, end):
-    """EMA momentum, weight decay and the like: from start to end on a half cosine over `total` steps."""
-    return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
+def over_ranks(x):
+    """x summed over ranks, with gradient: a statistic of all ranks is every rank's."""
+    many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.nn.functional.all_reduce(x) if many else x
 
+
+def vicreg(x, used):
+    """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the used rows of x
+    (N, D).
+
+    The hinge that holds each dimension's standard deviation at 1 or more, and a 25th, the paper's share, of
+    the squared covariances off the diagonal over D. Statistics are over all ranks.
+    """
+    used = used.float()[:, None]
+    n = over_ranks(used.sum())
+    x = (x.float() - over_ranks((x * used).sum(0)) / n) * used
+    cov = over_ranks(x.T @ x) / (n - 1).clamp(min=1)
+    spread = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
+    return spread + (cov - cov.diagonal().diag()).square().sum() / len(cov) / 25
+
+
+def sigreg(x, used, directions=256, points=17, reach=5.0):
+    """Sketched isotropic Gaussian regularisation (Balestriero & LeCun 2025, arXiv:2511.08544) of x (N, D).
+
+    The Epps-Pulley statistic over random directions: n times the integral over t of |mean exp(i t x) -
+    exp(-t^2 / 2)|^2 exp(-t^2 / 2), by the trapezoid rule, n being the used rows of all ranks, which draw the
+    same directions: train_encoder.py seeds each step.
+    """
+    used = used.float()[:, None, None]
+    n = over_ranks(used.sum())
+    a = F.normalize(torch.randn(x.shape[1], directions, device=x.device), dim=0)
+    t = torch.linspace(-reach, reach, points, device=x.device)
+    angle = (x.float() @ a)[..., None] * t  # (N, directions, points)
+    real, imaginary = (over_ranks((f(angle) * used).sum(0)) / n for f in (torch.cos, torch.sin))
+    gauss = torch.exp(-t.square() / 2)
+    return n * torch.trapezoid(((real - gauss).square() + imaginary.square()) * gauss, t).mean()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Optimizer groups; measures of a concept space that training prints too (evaluate.py has the others)
 
 def optimizer_groups(model, weight_decay, embedding_scale=1.0, predictor_scale=1.0):
     """Parameter groups for AdamW: matrices decay; embeddings, gains and lone vectors do not. Each one, once.
 
     A group's `scale` is what its learning rate is multiplied by: embeddings and the predictor have their own.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups = {}
+    tables, groups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}, {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            role = 'embedding' if id(p) in tables else 'predictor' if name.startswith('predictor.') else 'other'
-            groups.setdefault((role, p.dim() >= 2 and role != 'embedding'), []).append(p)
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+            table, predictor = id(p) in tables, name.startswith('predictor.')
+            scale = embedding_scale if table else predictor_scale if predictor else 1.0
+            groups.setdefault((scale, p.dim() >= 2 and not table), []).append(p)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     assert sum(map(len, groups.values())) == len(trainable), 'a parameter stands in no group or in two'
-    scales = {'embedding': embedding_scale, 'predictor': predictor_scale, 'other': 1.0}
-    return [{'params': part, 'weight_decay': weight_decay if decays else 0.0, 'decays': decays, 'scale': scales[role]}
-            for (role, decays), part in groups.items()]
+    return [{'params': part, 'weight_decay': weight_decay * decays, 'decays': decays, 'scale': scale}
+            for (scale, decays), part in groups.items()]
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Measures of a concept space that training prints too; evaluate.py has all the others.
 
 def unit(x):
     """x (..., D) in fp32 at length 1; a zero vector stays zero."""
@@ -787,62 +656,43 @@ def unit(x):
 
 
 def fit_scale(p, z):
-    """The scalar a that minimises sum |a p - z|^2 over rows of p, z (n, D), tensors or arrays.
-
-    Fitted on train pairs, used on validation.
-    """
+    """The scalar a that minimises sum |a p - z|^2 over rows of p, z (n, D), tensors or arrays."""
     return (p * z).sum() / ((p * p).sum() + 1e-12)
 
 
-def fit_prediction_scale(p, z, read, reduce=lambda x: x):
-    """What predictions p (n, D) are multiplied with, so that their lengths say how sure they are: (READ,).
+def skill(p, z, mean):
+    """1 - sum |p - z|^2 / sum |mean - z|^2 for p and unit-norm z (n, D) and the train targets' mean (D,).
 
-    z (n, D) is what came, read (n,) how many sentences each was made of. A mean of few is longer than one of many, and
-    no surer: predictions are divided by the mean length of those made of as many, and all then multiplied with the
-    scalar that brings them nearest to z. `reduce` sums a tensor over all ranks.
+    Above 0: better than always predicting the mean. A constant predictor, or a collapsed space, gets 0 or
+    less.
     """
-    made_of = F.one_hot(read.clamp(max=READ) - 1, READ).float()
-    length = p.norm(dim=-1)
-    total, n = reduce(torch.stack((length @ made_of, made_of.sum(0))))
-    mean = torch.where(n > 0, total / n.clamp(min=1), total.sum() / n.sum().clamp(min=1)).clamp(min=1e-12)
-    q = p / (made_of @ mean)[:, None]
-    along, square = reduce(torch.stack(((q * z).sum(), q.square().sum())))
-    return (along / square.clamp(min=1e-12)).clamp(min=1e-6) / mean  # never turned round
-
-
-def skill(p, z, mean, scale):
-    """1 - sum |scale p - z|^2 / sum |mean - z|^2 for p and unit-norm z (n, D) and the train targets' mean (D,).
-
-    Above 0: better than always predicting the mean. A constant predictor, or a collapsed space, gets 0 or less.
-    """
-    error = (scale * p - z).square().sum()
-    base = (mean - z).square().sum()
-    return (1 - error / base).item() if base > 1e-9 * len(z) else 0.0  # no variance to explain: nothing explained
+    error, base = (p - z).square().sum(), (mean - z).square().sum()
+    return (1 - error / base).item() if base > 1e-9 * len(z) else 0.0  # no variance: nothing explained
 
 
 def worst_ranks(similar, true, allowed):
-    """Ranks (n,) from 1 of column true[i] among the allowed columns of similar (n, m); ties take the worst rank.
+    """Ranks (n,) from 1 of column true[i] among the allowed columns of similar (n, m); ties take the worst
+    rank.
 
-    `allowed` is boolean (n, m). The tolerance covers what one matrix product rounds differently from column to column.
+    `allowed` is boolean (n, m). The tolerance covers what one matrix product rounds differently between
+    columns.
     """
-    own = similar.gather(1, true[:, None])
-    beats = (similar >= own - 1e-6) & allowed
+    beats = (similar >= similar.gather(1, true[:, None]) - 1e-6) & allowed
     beats.scatter_(1, true[:, None], False)
     return 1 + beats.sum(1)
 
 
 def rank_me(x):
-    """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of the entropy of the singular values."""
-    s = torch.linalg.svdvals(x.float())
-    if s.sum() <= 1e-6:
-        return 1.0
+    """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of the entropy of the singular
+    values."""
+    s = torch.linalg.eigvalsh(x.double().T @ x.double()).clamp(min=0).sqrt()
     p = s / s.sum()
-    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
+    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item() if s.sum() > 1e-6 else 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The decoder: a causal transformer writes the sentence after a few prefix positions made of the concept. What is left
-# of the concept once the words written so far are taken from it also goes straight to the logits.
+# ----------------------------------------------------------------------------------------------------
+# The decoder: a causal transformer writes the sentence after a few prefix positions made of the concept.
+# The concept, less the tokens written so far, also goes straight to the logits.
 
 @dataclass
 class DecoderConfig:
@@ -864,56 +714,44 @@ def place_in_sentence(sentence):
     return place - torch.where(first, place, 0).cummax(1).values
 
 
-class RunningSum(torch.autograd.Function):
-    """Sum of x (B, T, D) over each run from its first position on; first, last (B, T): of each position's run.
-
-    The gradient is a gather too: what autograd would do adds in no fixed order on CUDA, and a resumed run would differ.
-    """
-
-    @staticmethod
-    def forward(ctx, x, first, last):
-        ctx.save_for_backward(last)
-        return RunningSum.sum(x, first)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        last, = ctx.saved_tensors
-        return RunningSum.sum(gradient.flip(1), last.shape[1] - 1 - last.flip(1)).flip(1), None, None
-
-    @staticmethod
-    def sum(x, first):
-        index = first[..., None].expand_as(x)
-        total = x.cumsum(1)
-        return total - total.gather(1, index) + x.gather(1, index)
+def at_positions(x, index):
+    """x[b, index[b, t]] of x (B, N, D) and index (B, T): (B, T, D)."""
+    row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + row).flatten()).unflatten(0, index.shape)
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Sum of counted (N,) times the cross-entropy in nats of target (N,) given what the head (V, D) reads, x (N, D).
+    """Sum of counted (N,) times the cross-entropy in nats of target (N,) given what the head (V, D) reads, x
+    (N, D).
 
-    A chunk of positions at a time, and with `learn` the gradient made on the way: all logits at once, in fp32, are most
-    of the memory of a small model with a large vocabulary, and on a CPU moving them costs as much as making them.
+    A chunk of positions at a time, and with `learn` the gradient made on the way: all logits at once, in
+    fp32, are most of the memory of a small model with a large vocabulary, and on a CPU moving them costs as
+    much as making them. The vocabulary is padded to a multiple of 64, or an odd one slows every product on a
+    GPU.
     """
 
     @staticmethod
     def forward(ctx, x, head, target, counted, learn):
-        kind = x.device.type
+        kind, V = x.device.type, len(head)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        total, gx, gh = torch.zeros((), device=x.device), [], torch.zeros_like(head)
+        chunk = 8192 if kind == 'cuda' else 1024
+        low = F.pad(head.to(dtype), (0, 0, 0, -V % 64))
+        total, gx, gh = torch.zeros((), device=x.device), [], torch.zeros_like(low, dtype=torch.float32)
         with torch.autocast(kind, enabled=False):
-            low = head.to(dtype)
-            for states, goal, weight in zip(x.to(dtype).split(HEAD_CHUNK), target[:, None].split(HEAD_CHUNK),
-                                            counted[:, None].float().split(HEAD_CHUNK)):
+            for states, goal, weight in zip(x.to(dtype).split(chunk), target[:, None].split(chunk),
+                                            counted[:, None].float().split(chunk)):
                 logits = (states @ low.T).float()
+                logits[:, V:] = -torch.inf
                 whole = logits.logsumexp(-1, keepdim=True)
                 total += ((whole - logits.gather(1, goal)) * weight).sum()
                 if learn:  # (softmax - one-hot) times weight
                     logits.sub_(whole).exp_().mul_(weight)
                     logits.scatter_add_(1, goal, -weight)  # one a row: in any order the same
-                    low_gradient = logits.to(dtype)
-                    gx.append((low_gradient @ low).to(x.dtype))
-                    gh += low_gradient.T @ states
+                    slope = logits.to(dtype)
+                    gx.append((slope @ low).to(x.dtype))
+                    gh += slope.T @ states
         if learn:
-            ctx.save_for_backward(torch.cat(gx), gh)
+            ctx.save_for_backward(torch.cat(gx), gh[:V])
         return total
 
     @staticmethod
@@ -924,41 +762,40 @@ class HeadCrossEntropy(torch.autograd.Function):
 
 
 class Decoder(nn.Module):
-    """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a row.
+    """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a
+    row.
 
-    A concept's direction is what it says, its length how sure that is: 1 (longer counts as 1) for a sentence's own,
-    less for a prediction, 0 for no concept.
+    A concept's direction is what it says, its length how sure that is: 1 (longer counts as 1) for a
+    sentence's own, less for a prediction, 0 for no concept.
 
-    logits = E (norm(x) + sqrt(concept_dim) P concept - |concept| spent * said), with E the table of token embeddings,
-    tied, and `said` the sum of the embeddings of the tokens so far, each times its weight in a sentence's mean.
+    logits = E (norm(x) + confidence * (P direction - emitted_gain * emitted_sum)), with E the table of token
+    embeddings, tied, and emitted_sum the sum of those of the tokens so far, weighted as in a sentence's mean.
     """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
+        dim, width = config.n_embd, config.concept_dim
         self.config = config
-        self.head_dim = config.n_embd // config.n_head
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.prefix = nn.Linear(config.concept_dim, config.n_prefix * config.n_embd, bias=False)
-        nn.init.normal_(self.prefix.weight, std=0.2 * config.concept_dim ** -0.5)
-        self.no_concept = nn.Parameter(0.2 * torch.randn(config.n_prefix * config.n_embd))  # unconditional prefix
-        self.blocks = nn.ModuleList(Block(config.n_embd, config.n_head, config.dropout, config.n_layer)
-                                    for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.head.weight = self.embedding.weight
-        self.direct = nn.Linear(config.concept_dim, config.n_embd, bias=False)  # P
-        nn.init.normal_(self.direct.weight, std=0.02 * config.concept_dim ** -0.5)
-        self.spent = nn.Parameter(torch.full((config.n_embd,), 2.0))
+        self.embedding = nn.Embedding(config.vocab_size, dim)
+        self.prefix = nn.Linear(width, config.n_prefix * dim, bias=False)
+        self.no_concept = nn.Parameter(0.2 * torch.randn(config.n_prefix * dim))  # the prefix without one
+        self.blocks = Transformer(dim, config.n_head, config.dropout, config.n_layer)
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.direct = nn.Linear(width, dim, bias=False)  # P
+        self.emitted_gain = nn.Parameter(torch.full((dim,), 2.0))
         self.register_buffer('token_weight', torch.ones(config.vocab_size))  # the encoder's
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.prefix.weight, std=0.2 * width ** -0.5)
+        nn.init.normal_(self.direct.weight, std=0.02 * width ** -0.5)
 
     @torch.no_grad()
     def start_from(self, concepts, token_weight):
-        """Let E and P start from the concepts (V, concept_dim) of single tokens, so that E P c is c's bag of words.
+        """Start E and P from the concepts (V, concept_dim) of single tokens, so that E P c is c's bag of
+        words.
 
-        P are their principal directions, as many as n_embd has room for; E is each token in them, 1 long on average.
-        token_weight (V,) is the encoder's. Without this a decoder needs thousands of steps to find out which direction
-        stands for which word.
+        P are their principal directions, as many as n_embd has room for; E is each token in them, 1 long on
+        average. token_weight (V,) is the encoder's. Without this a decoder needs thousands of steps to find
+        out which direction stands for which word.
         """
         concepts = concepts - concepts.mean(0)
         vectors = torch.linalg.eigh(concepts.double().T @ concepts.double()).eigenvectors
@@ -969,125 +806,72 @@ class Decoder(nn.Module):
         self.direct.weight.zero_()[:len(directions)] = directions
         self.token_weight.copy_(token_weight)
 
-    def words(self, tokens):
-        """What tokens (...) add to `said`: (..., n_embd)."""
+    def token_vectors(self, tokens):
+        """What tokens (...) add to emitted_sum: (..., n_embd)."""
         return self.embedding(tokens) * self.token_weight[tokens][..., None]
 
-    def split(self, concepts):
-        """Direction (..., concept_dim), sqrt(concept_dim) long, and length (..., 1), 1 at most, of concepts."""
-        return unit(concepts) * self.config.concept_dim ** 0.5, concepts.norm(dim=-1, keepdim=True).clamp(max=1)
+    def read_concepts(self, concepts):
+        """Of concepts (..., concept_dim): prefix (..., n_prefix, n_embd), P direction (..., n_embd),
+        confidence."""
+        confidence = concepts.norm(dim=-1, keepdim=True).clamp(max=1)
+        direction = unit(concepts) * self.config.concept_dim ** 0.5
+        prefix = torch.lerp(self.no_concept, self.prefix(direction).float(), confidence)
+        return prefix.unflatten(-1, (self.config.n_prefix, -1)), self.direct(direction), confidence
 
-    def head_input(self, x, concepts, said):
-        """What the head reads (..., n_embd): of x, what leaves the last block, concepts and `said`."""
-        says, sure = self.split(concepts)
-        return self.norm(x) + sure * (self.direct(says) - self.spent * said)
+    def states(self, tokens, sentence, concepts, mask):
+        """What the head reads (B, T, n_embd), its targets and which of them count (B, T).
 
-    def prefixes(self, concepts):
-        """Concepts (..., concept_dim) -> (..., n_prefix, n_embd); the unconditional one where the length is 0."""
-        says, sure = self.split(concepts)
-        x = self.prefix(says).float()  # the residual stream is fp32
-        return torch.lerp(self.no_concept, x, sure).unflatten(-1, (self.config.n_prefix, self.config.n_embd))
-
-    @staticmethod
-    def mask(group, path='mask'):
-        """Each position sees itself and what stands before it in its group (B, T), its sentence, or its document in a
-        language model; path as attention_path says."""
-        if path == 'spans':
-            return Spans(group, causal=True)
-        return build_mask(causal_view(group), group.shape, group.device, path)
-
-    def layout(self, tokens, sentence):
-        """Of rows with n_prefix free positions before each sentence: place in the sentence, targets, where they count.
-
-        tokens, sentence (B, T) -> place, target, counted (B, T). The last prefix position predicts the first token,
-        each token the next one, the last one the end of the sentence.
+        tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix), with n_prefix free positions before each
+        sentence; concepts (B, S, concept_dim). The last prefix position predicts the first token, each token
+        the next one, the last one the end of the sentence.
         """
-        place = place_in_sentence(sentence)
+        n_prefix, place, own = self.config.n_prefix, place_in_sentence(sentence), sentence.clamp(min=0)
         last = F.pad(sentence[:, 1:] != sentence[:, :-1], (0, 1), value=True)
         target = torch.where(last, self.config.eos, F.pad(tokens[:, 1:], (0, 1)))
-        return place, target, (sentence >= 0) & (place >= self.config.n_prefix - 1)
+        counted = (sentence >= 0) & (place >= n_prefix - 1)
+        prefix, direct, confidence = self.read_concepts(concepts)
+        prefix = at_positions(prefix.flatten(1, 2), own * n_prefix + place.clamp(max=n_prefix - 1))
+        x = torch.where((place < n_prefix)[..., None], prefix, self.embedding(tokens))
+        x = self.blocks(x, mask)
+        total = (self.token_vectors(tokens) * (place >= n_prefix)[..., None]).cumsum(1)
+        first = torch.arange(tokens.shape[1], device=x.device) - place  # of each sentence: has no token
+        emitted_sum = total - at_positions(total, first)
+        direct, confidence = at_positions(direct, own), at_positions(confidence, own)
+        return self.norm(x) + confidence * (direct - self.emitted_gain * emitted_sum), target, counted
 
     def forward(self, tokens, sentence, concepts, mask):
-        """Cross-entropy in nats, summed over the positions that count: the loss.
-
-        tokens, sentence (B, T) from Corpus.batch(prefix=n_prefix); concepts (B, S, concept_dim), of length 1 to 0.
-        """
-        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask)
-        return HeadCrossEntropy.apply(x.flatten(0, 1), self.head.weight, target.flatten(), counted.flatten(),
-                                      torch.is_grad_enabled())
-
-    def losses(self, tokens, sentence, concepts, mask, only=True):
-        """As forward, of each position (B, T), 0 where none is counted or `only` (B, T) is False."""
-        x, target, counted = self.head_inputs(tokens, sentence, concepts, mask)
-        at = counted & only
-        loss = torch.zeros(at.shape, device=x.device)
-        loss[at] = F.cross_entropy(self.head(x[at]).float(), target[at], reduction='none')
-        return loss
-
-    def head_inputs(self, tokens, sentence, concepts, mask):
-        """What the head reads (B, T, n_embd), targets and which of them count (B, T); arguments as in forward."""
-        place, target, counted = self.layout(tokens, sentence)
-        prefix = self.prefixes(concepts).flatten(1, 2)  # (B, S * P, n_embd)
-        at = sentence.clamp(min=0) * self.config.n_prefix + place.clamp(max=self.config.n_prefix - 1)
-        prefix = prefix.gather(1, at[..., None].expand(-1, -1, prefix.shape[-1]))
-        x = torch.where((place < self.config.n_prefix)[..., None], prefix, self.embedding(tokens))
-        rope = rotary(torch.arange(tokens.shape[1], device=x.device), self.head_dim)
-        for block in self.blocks:
-            x = block(x, rope, mask)
-        at = sentence.clamp(min=0)
-        own = concepts.gather(1, at[..., None].expand(-1, -1, concepts.shape[-1]))
-        position = torch.arange(tokens.shape[1], device=x.device)
-        last = position + place_in_sentence(sentence.flip(1)).flip(1)
-        words = self.words(tokens) * (place >= self.config.n_prefix)[..., None]
-        said = RunningSum.apply(words, position - place, last)
-        return self.head_input(x, own, said), target, counted
-
-    def flops(self, n_positions, n_seen):
-        """Floating-point operations of a training step on so many positions, prefixes included and padding not; n_seen:
-        pairs of positions of which one sees the other."""
-        each = matrix_weights(self.blocks) + self.head.weight.numel() + self.direct.weight.numel()
-        return 6 * each * n_positions + 12 * self.config.n_layer * self.config.n_embd * n_seen
+        """Cross-entropy in nats, summed over the positions that count: the loss. Arguments as in `states`."""
+        x, target, counted = self.states(tokens, sentence, concepts, mask)
+        x, target, counted = (v.flatten(0, 1) for v in (x, target, counted))
+        return HeadCrossEntropy.apply(x, self.embedding.weight, target, counted, torch.is_grad_enabled())
 
     @torch.inference_mode()
-    def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None, cache=True,
-                 before=None):
-        """Token ids (n, at most max_tokens) written from concepts (n, concept_dim), eos and what follows it included.
+    def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+        """Token ids (n, at most max_tokens) of concepts (n, concept_dim), eos and what follows it included.
 
         temperature 0 takes the likeliest token; otherwise samples, among the top_k likeliest (0: all) and the
-        likeliest that make up top_p of the probability. `cache=False` reads the whole prefix again for each token.
-        `before` (n, T, n_embd) are states that a language model reads first: embeddings of the text so far, a prefix
-        before each sentence.
+        likeliest that make up top_p of the probability.
         """
         config, n, device = self.config, len(concepts), concepts.device
-        inputs = self.prefixes(concepts)  # (n, P, n_embd)
-        if before is not None:
-            inputs = torch.cat((before, inputs), 1)
-        length = inputs.shape[1] + max_tokens
-        shape = (n, config.n_head, length, self.head_dim)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-        caches = [(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
-                  for _ in self.blocks]
-        cos, sin = rotary(torch.arange(length, device=device), self.head_dim)
-        out = torch.empty(n, 0, dtype=torch.long, device=device)
+        x, direct, confidence = self.read_concepts(concepts)
+        shape = (n, config.n_head, config.n_prefix + max_tokens, self.blocks.head_dim)
+        kind = device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        caches = [[torch.empty(shape, device=device, dtype=dtype) for _ in 'kv'] for _ in self.blocks]
+        out = torch.empty(n, max_tokens, dtype=torch.long, device=device)
         done = torch.zeros(n, dtype=torch.bool, device=device)
-        said = torch.zeros(n, config.n_embd, device=device)
-        seen, x = 0, inputs
-        while out.shape[1] < max_tokens and not done.all():
-            if not cache:
-                seen, x = 0, inputs
+        emitted_sum, length = torch.zeros(n, config.n_embd, device=device), 0
+        for i in range(max_tokens):
             T = x.shape[1]
-            # what comes first sees each other causally, as in training
             mask = torch.ones(T, T, dtype=torch.bool, device=device).tril() if T > 1 else None
-            h, end = x, seen + T
-            for block, (keys, values) in zip(self.blocks, caches):
-                h = block(h, (cos[seen:end], sin[seen:end]), mask, (keys, values, seen))
-            logits = self.head(self.head_input(h[:, -1], concepts, said)).float()
+            x = self.blocks(x, mask, caches, length)
+            state = self.norm(x[:, -1]) + confidence * (direct - self.emitted_gain * emitted_sum)
+            logits = F.linear(state, self.embedding.weight).float()
             token = sample(logits, temperature, top_k, top_p, generator)
-            said = said + self.words(token)
-            out = torch.cat((out, token[:, None]), 1)
-            done |= token == config.eos
-            seen, x = end, self.embedding(token)[:, None]
-            inputs = torch.cat((inputs, x), 1) if not cache else inputs
+            out[:, i], length, done = token, length + T, done | (token == config.eos)
+            if done.all():
+                return out[:, :i + 1]
+            emitted_sum, x = emitted_sum + self.token_vectors(token), self.embedding(token)[:, None]
         return out
 
 
@@ -1099,167 +883,101 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     if top_k:
         logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
     if top_p < 1:
-        order = logits.sort(descending=True)
-        before = order.values.softmax(-1).cumsum(-1) - order.values.softmax(-1)  # mass of the likelier ones
+        value, index = logits.sort(descending=True)
+        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)  # mass of the likelier ones
         out = (before >= top_p) & (before > 0)  # the likeliest stays, whatever top_p is
-        logits = logits.scatter(-1, order.indices, order.values.masked_fill(out, -torch.inf))
+        logits = logits.scatter(-1, index, value.masked_fill(out, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: written under a temporary name, flushed, renamed; read with weights_only=True.
+# ----------------------------------------------------------------------------------------------------
+# What other programs use: text in, arrays or text out
 
-def save_checkpoint(path, state: dict):
-    """Write `state` to `path` so that at every moment either the old or the new one lies there, whole.
+def is_sequence(x):
+    """Whether x holds items to go through: no text, no record, no data frame, which gives its columns."""
+    return isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping)) and not hasattr(x, 'columns')
 
-    Raises OSError, with the old file untouched and no half-written one left behind.
+
+def as_texts(given, name):
+    """A list of str from a str, any iterable of str, or {'text': str or list} as MTEB and datasets give it.
+
+    Raises UserError, naming the place, for anything else.
     """
-    temporary = f'{path}.tmp'  # one name: a killed run leaves one at most, which the next overwrites
-    try:
-        with open(temporary, 'wb') as f:
-            torch.save({'format': FORMAT, **state}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if os.path.exists(path):
-            shutil.copymode(path, temporary)  # no more open to others than it was
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch's writer turns a full disk into a RuntimeError about positions
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"could not write the checkpoint '{path}': {str(cause).splitlines()[0]}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, Mapping) and 'text' in given:
+        return as_texts(given['text'], f"{name}['text']")
+    if not is_sequence(given):
+        raise UserError(f'{name} is a {type(given).__name__}: expected a str or a sequence of str')
+    texts = []
+    for i, item in enumerate(given):
+        if not isinstance(item, (str, Mapping)):
+            raise UserError(f'{name}[{i}] is {item!r:.40}: expected a str')
+        texts += as_texts(item, f'{name}[{i}]')
+    return texts
 
-
-def load_checkpoint(path, kind, device='cpu') -> dict:
-    """The state saved at `path`, a checkpoint of `kind` 'encoder', 'decoder' or 'language_model', or its out_dir.
-
-    Raises FileNotFoundError or ValueError, each with what to do about it.
-    """
-    if os.path.isdir(path):
-        path = os.path.join(path, f'{kind}.pt')
-    if not os.path.exists(path):
-        script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
-        raise FileNotFoundError(f"no {kind} at '{path}': train one with {script}, or give its out_dir")
-    try:
-        with zipfile.ZipFile(path) as z:
-            # torch.load looks at no checksum, and reads another record's bytes where an attribute says 'folder'
-            if z.testzip() or any(record.external_attr for record in z.infolist()):
-                raise zipfile.BadZipFile
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # bytes that are not what they should be can raise anything
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a seek to nowhere is damage
-            raise  # not ours to read, or a disk that fails: the file may be whole
-        best = best_beside(path)
-        raise ValueError(f"'{path}' is not a checkpoint of this program, or is damaged ({type(error).__name__}): give "
-                         'another' + (f', such as {best}; training goes on from that once this one is removed'
-                                      if best else '')) from error
-    if not isinstance(state, dict) or state.get('format') != FORMAT or state.get('kind') != kind:
-        raise ValueError(f"'{path}' holds no {kind} of format {FORMAT}: give another, or train one with this version")
-    return state
-
-
-def best_beside(path):
-    """The best checkpoint beside the newest, `path`; '' where there is none."""
-    best = str(path).removesuffix('.pt') + '_best.pt'
-    return best if os.path.exists(best) else ''
-
-
-def newest(path):
-    """`path`, a checkpoint; the best one beside it where there is only that, so that it is not overwritten."""
-    return path if os.path.exists(path) else best_beside(path) or path
-
-
-def checkpoint_to_resume(path, kind, settings, device) -> dict | None:
-    """The checkpoint to go on from: where settings['init_from'] is 'resume', or one of these very settings lies there,
-    so that a run that was killed goes on by the same command. settings['init_from'] becomes what the weights came from.
-
-    None where there is none. Raises ValueError for one of other settings, and as load_checkpoint.
-    """
-    told = settings['init_from'] == 'resume'
-    if not told and not os.path.exists(path):
-        return None
-    state = load_checkpoint(path, kind, device)
-    differ = sorted(k for k in settings.keys() & state['settings'].keys()  # a setting may have come since
-                    if settings[k] != state['settings'][k])
-    if not told and differ:
-        raise ValueError(f"'{path}' exists, of a run with other settings ({', '.join(differ)}): choose "
-                         'another --out_dir, or go on with --init_from=resume where the architecture is the same')
-    settings['init_from'] = state['settings']['init_from']
-    return state
-
-
-def not_finite(model, sums, documents, what='loss') -> str:
-    """In words, which gradients of `model` are not finite, and where its batch lies: `sums` (n,), `what` is summed over
-    each of the micro-batches of a step, documents(i) the documents of one."""
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    names = [n for n, g in gradients.items() if not g.isfinite().all()]
-    bad = (~sums.isfinite()).nonzero()[:, 0].tolist() or range(len(sums))
-    named = f"that of {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else 'none by itself'
-    return (f'{what} {sums.sum():.3g}' + (f', gradients not finite: {named}' if gradients else '')
-            + f'; training documents {sorted(set().union(*map(documents, bad)))}')
-
-
-def asked(x):
-    """A function that gives the value of x, a tensor of one element, and waits for no work queued after this call."""
-    value, done = x.to('cpu', non_blocking=True), torch.cuda.Event() if x.is_cuda else None
-    if done:
-        done.record()
-
-    def answer():
-        if done:
-            done.synchronize()
-        return value.item()
-    return answer
-
-
-def settled(path) -> int:
-    """Bytes of the file `path`, on the disk when this returns: a checkpoint that counts them is not ahead of it."""
-    with open(path, 'rb') as f:
-        os.fsync(f.fileno())
-        return os.path.getsize(path)
-
-
-def fingerprint(jepa: JEPA) -> float:
-    """A number that tells one concept space (target and whitening) from another; a decoder remembers its encoder's."""
-    tensors = [*jepa.target.parameters(), jepa.whitening.mean, jepa.whitening.W]
-    return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What other programs use: text in, arrays or text out.
 
 def rows_by_length(sequences, batch_size):
-    """Batches of token sequences of similar length: yields (indices (n,), padded ids (n, T), lengths (n,))."""
-    lengths = np.array([len(s) for s in sequences])
+    """Batches of sequences of similar length: yields (indices (n,), padded ids (n, T), lengths (n,))."""
+    if batch_size < 1:
+        raise UserError(f'batch_size={batch_size}: expected 1 or more')
+    lengths = np.array([len(s) for s in sequences], np.int64)
     order = np.argsort(-lengths, kind='stable')  # longest first: what does not fit in memory fails at once
-    for start in range(0, len(order), batch_size):
-        index = order[start:start + batch_size]
+    for index in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
         ids = np.zeros((len(index), max(lengths[index[0]], 1)), dtype=np.int64)
         for row, i in enumerate(index):
             ids[row, :lengths[i]] = sequences[i]
         yield index, ids, lengths[index]
 
 
+def packed(documents, batch_size, prefix=0):
+    """Rows of whole documents, lists of id arrays: yields (indices, tokens (n, T), sentence (n, T), document
+    (n, S)).
+
+    `prefix` free positions precede each sentence.
+    """
+    free = np.zeros(prefix, np.int64)
+    texts = [np.concatenate([part for ids in d for part in (free, ids)]) for d in documents]
+    for index, ids, _ in rows_by_length(texts, batch_size):
+        sentence = np.full(ids.shape, -1, dtype=np.int64)
+        document = np.full((len(index), max(len(documents[i]) for i in index)), -1, dtype=np.int64)
+        for row, i in enumerate(index):
+            number = np.repeat(np.arange(len(documents[i])), [prefix + len(s) for s in documents[i]])
+            sentence[row, :len(number)], document[row, :len(documents[i])] = number, row
+        yield index, torch.from_numpy(ids), torch.from_numpy(sentence), torch.from_numpy(document)
+
+
 class SentenceEncoder:
     """Sentences to concepts, and windows of sentences to the concept expected next. From load_encoder."""
 
-    def __init__(self, jepa: JEPA, tokenizer, device='cpu', dtype='float32', max_tokens=512):
-        self.model, self.tokenizer, self.device = jepa.to(device).eval(), tokenizer, torch.device(device)
-        self.dim, self.max_tokens = jepa.config.n_embd, max_tokens
-        self.autocast = torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != 'float32')
+    mteb_model_meta = None  # MTEB asks for it
 
-    def encode(self, sentences, batch_size=64, show_progress_bar=None, **_) -> np.ndarray:
-        """Concepts of `sentences` (a list of str, or one str): float32 (n, d) of unit norm, in the order given.
+    def __init__(self, jepa: JEPA, tokenizer, device='cpu', dtype='float32'):
+        self.model, self.tokenizer, self.dtype = jepa.eval(), tokenizer, dtype
+        self.dim, self.max_seq_length = jepa.config.n_embd, 512  # tokens past it are cut
+        autocast(self.to(device).device, dtype)  # refuses another dtype
 
-        Tokens past `max_tokens` are cut. A bar is shown on a terminal from 10,000 sentences on, or as told. MTEB gives
-        batches, {'text': list of str}, instead of sentences.
+    def to(self, device):
+        """The same encoder on another device."""
+        self.device = pick_device(device)
+        self.model.to(self.device)
+        return self
+
+    def get_sentence_embedding_dimension(self) -> int:
+        return self.dim
+
+    def encode(self, sentences, batch_size=64, show_progress_bar=None, convert_to_tensor=False,
+               normalize_embeddings=True, *, task_metadata=None, hf_split=None, hf_subset=None,
+               prompt_type=None):
+        """Concepts of `sentences`: float32 (n, d) of unit norm, in the order given; (d,) of a single str.
+
+        Takes a str, any sequence of str, or MTEB's batches, whose four last keywords are not used; white
+        space is folded as in training. Raises UserError for anything else.
         """
-        if isinstance(sentences, str):
-            return self.encode([sentences], batch_size, show_progress_bar)[0]
-        sentences = [t for s in sentences for t in (s['text'] if isinstance(s, dict) else [s])]
-        return self.encode_tokens(self.tokenizer.encode_batch(sentences), batch_size, show_progress_bar)
+        tokens = self.tokenizer.encode_batch(as_texts(sentences, 'sentences'))
+        out = self.encode_tokens(tokens, batch_size, show_progress_bar)
+        out = out[0] if isinstance(sentences, str) else out
+        return torch.from_numpy(out) if convert_to_tensor else out
 
     @staticmethod
     def similarity(a, b):
@@ -1273,200 +991,173 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def encode_tokens(self, sequences, batch_size=64, show_progress_bar=None) -> np.ndarray:
-        """As encode, from token ids."""
+        """As encode, from token ids. A bar is shown on a terminal from 10,000 sentences on, or as told."""
         out = np.empty((len(sequences), self.dim), dtype=np.float32)
         hide = len(sequences) < 10_000 or None if show_progress_bar is None else not show_progress_bar
-        bar = tqdm(total=len(sequences), desc='encode', unit='sentence', disable=hide, leave=False)
-        for index, tokens, inside in self.batches(sequences, batch_size):
-            out[index] = self.concepts(tokens, inside).cpu().numpy()
-            bar.update(len(index))
-        bar.close()
+        with tqdm(total=len(sequences), desc='encode', unit='sentence', disable=hide, leave=False) as bar:
+            for index, z in self.means(sequences, batch_size):
+                out[index] = self.model.whitening(z)[:, 0].cpu().numpy()
+                bar.update(len(index))
         return out
 
-    def batches(self, sequences, batch_size=64):
-        """Yields (indices (n,), token ids (n, T), inside (n, T): False in padding) of sequences of similar length."""
-        for index, ids, lengths in rows_by_length([s[:self.max_tokens] for s in sequences], batch_size):
-            inside = np.arange(ids.shape[1]) < lengths[:, None]
-            yield index, torch.from_numpy(ids).to(self.device), torch.from_numpy(inside).to(self.device)
+    def means(self, sequences, batch_size=64):
+        """Yields (indices, sentence means (n, 1, d), not whitened), one sentence a row."""
+        for index, ids, lengths in rows_by_length([s[:self.max_seq_length] for s in sequences], batch_size):
+            sentence = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]) - 1).to(self.device)
+            tokens = torch.from_numpy(ids).to(self.device)
+            with autocast(self.device, self.dtype):
+                z = self.model.targets(tokens, sentence, sentence[:, :1], build_mask(sentence))
+            yield index, z
 
-    def concepts(self, tokens, inside):
-        """Concepts (n, d), fp32, unit norm, of one sentence a row: token ids (n, T), inside (n, T)."""
-        sentence = inside.long() - 1  # 0 in the sentence, -1 in padding
-        with self.autocast:
-            own = build_mask(sentence_view(sentence, None), tokens.shape, self.device)
-            return self.model.whitening(self.model.target_means(tokens, sentence, 1, own)[:, 0])
+    def predict_next(self, sentences) -> np.ndarray:
+        """The concept expected after `sentences`, oldest first: float32 (d,); (n, d) for a list of such
+        lists.
 
-    def predict(self, sentences) -> np.ndarray:
-        """The concept expected after `sentences` (a list of str, oldest first): float32 (d,).
-
-        Its length, mostly under 1, says how sure it is, as ConceptDecoder reads it (fit_prediction_scale). Raises
-        ValueError on an empty list.
+        Its length, mostly under 1, says how sure it is, as ConceptDecoder reads it. Raises UserError where
+        there is no sentence.
         """
-        if not sentences:
-            raise ValueError('predict needs at least one sentence')
-        return self.predict_windows(self.tokenizer.encode_batch(list(sentences)), [(0, len(sentences))])[0]
+        given = list(sentences) if is_sequence(sentences) else sentences
+        many = isinstance(given, list) and bool(given) and all(map(is_sequence, given))
+        windows = [as_texts(w, 'sentences') for w in (given if many else [given])]
+        if not all(windows):
+            raise UserError('predict_next needs at least one sentence')
+        ends = np.cumsum([len(w) for w in windows])
+        tokens = self.tokenizer.encode_batch([t for w in windows for t in w])
+        out = self.predict_windows(tokens, list(zip(ends - [len(w) for w in windows], ends)))
+        return out if many else out[0]
 
     @torch.inference_mode()
     def predict_windows(self, sequences, windows, batch_size=64) -> np.ndarray:
-        """As predict, after sequences[start:end], for each (start, end) of `windows`: (n, d).
+        """As predict_next, after sequences[start:end], for each (start, end) of `windows`: (n, d).
 
         `sequences` are the token ids of sentences; a window, not empty, counts as one document.
         """
-        sequences = [s[:self.max_tokens] for s in sequences]
-        out = np.empty((len(windows), self.dim), dtype=np.float32)
         if self.model.config.context == 'concepts':
             return self.roll(self.encode_tokens(sequences, batch_size), windows)
-        texts = [np.concatenate(sequences[a:b]) for a, b in windows]
-        for index, ids, _ in rows_by_length(texts, batch_size):
-            sentence = np.full(ids.shape, -1, dtype=np.int64)
-            document = np.full((len(index), max(windows[i][1] - windows[i][0] for i in index)), -1, dtype=np.int64)
-            for row, i in enumerate(index):
-                a, b = windows[i]
-                of = np.repeat(np.arange(b - a), [len(s) for s in sequences[a:b]])
-                sentence[row, :len(of)], document[row, :b - a] = of, 0
-            tokens, sentence, document = (torch.from_numpy(x).to(self.device) for x in (ids, sentence, document))
-            with self.autocast:
+        out = np.empty((len(windows), self.dim), np.float32)
+        documents = [[s[:self.max_seq_length] for s in sequences[a:b]] for a, b in windows]
+        for index, *batch in packed(documents, batch_size):
+            tokens, sentence, document = (x.to(self.device) for x in batch)
+            with autocast(self.device, self.dtype):
                 p = self.model.predict(tokens, sentence, document, self.model.masks(sentence, document)[1])
-            out[index] = self._last(p, document)
+            out[index] = self.last(p, document)
         return out
 
     @torch.inference_mode()
-    def roll(self, concepts, windows, batch_size=256, each=False) -> np.ndarray:
+    def roll(self, concepts, windows, batch_size=256) -> np.ndarray:
         """As predict_windows, from concepts (n, d), predictions among them or not: needs context='concepts'.
 
-        Whatever their length, all count alike; fed back, predictions grow longer, and no surer. With `each` all
-        hypotheses: (n, k, d).
+        All count alike, whatever their length: fed back, predictions would grow longer and no surer.
         """
         if self.model.config.context != 'concepts':
-            raise ValueError("this model reads tokens (context='tokens'): it cannot be rolled forward without text")
-        out = []
-        for start in range(0, len(windows), batch_size):
-            part = windows[start:start + batch_size]
-            width = max(b - a for a, b in part)
-            at = np.array([[min(a + j, b - 1) for j in range(width)] for a, b in part])
-            used = np.array([[j < b - a for j in range(width)] for a, b in part])
-            document = torch.from_numpy(used).to(self.device).long() - 1
-            with self.autocast:
-                p = self.model.predict_concepts(unit(torch.from_numpy(concepts[at])).to(self.device), document, each)
-            out.append(self._last(p, document))
-        return np.concatenate(out)
+            raise UserError("a model of context='tokens' cannot be rolled forward without text")
+        out, starts, ends = np.empty((len(windows), self.dim), np.float32), *np.array(windows).T
+        for rows in np.array_split(np.arange(len(windows)), -(-len(windows) // batch_size)):
+            size = (ends - starts)[rows, None]
+            column = np.arange(size.max())
+            index = starts[rows, None] + np.minimum(column, size - 1)
+            document = torch.from_numpy(np.where(column < size, 0, -1)).to(self.device)
+            with autocast(self.device, self.dtype):
+                p = self.model.predictor(unit(torch.from_numpy(concepts[index])).to(self.device), document)
+            out[rows] = self.last(p, document)
+        return out
 
-    def _last(self, p, document):
-        """Of predictions p (B, S, ..., D), those after each row's last sentence, to scale, as numpy (B, ..., D)."""
-        read = (document >= 0).sum(1)
-        p = p[torch.arange(len(p), device=p.device), read - 1]
-        return self.model.scaled(p, read).float().cpu().numpy()
+    def last(self, p, document):
+        """Of predictions p (B, S, D), those after each row's last sentence, scaled, as numpy (B, D)."""
+        p = p[torch.arange(len(p), device=p.device), (document >= 0).sum(1) - 1]
+        return (self.model.prediction_scale * p).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def random(self, sequences, seed):
+        """The same architecture and pooling with random weights, whitened on `sequences` (token ids): a
+        baseline.
+
+        Not the trained one at step 0: its embeddings start from their neighbours, which is learned from text
+        too.
+        """
+        torch.manual_seed(seed)
+        jepa = JEPA(self.model.config)
+        jepa.token_weight.copy_(self.model.token_weight)
+        out = SentenceEncoder(jepa, self.tokenizer, self.device, self.dtype)
+        jepa.whitening.fit((z, torch.ones_like(z[..., 0], dtype=torch.bool)) for _, z in out.means(sequences))
+        return out
 
 
 class ConceptDecoder:
     """Concepts to sentences. From load_decoder."""
 
-    def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32', encoder_fingerprint=None):
-        self.model, self.tokenizer, self.device = decoder.to(device).eval(), tokenizer, torch.device(device)
-        self.autocast = torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != 'float32')
-        self.encoder_fingerprint = encoder_fingerprint
-        self.language_model = None  # evaluate.py's, to compare with
+    def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32'):
+        self.device, self.dtype, self.tokenizer = pick_device(device), dtype, tokenizer
+        self.model = decoder.eval().to(self.device)
+        autocast(self.device, dtype)  # refuses another dtype
 
     def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0):
-        """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same samples.
+        """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same
+        samples.
 
-        A concept's length is how sure it is: that of `encode` is 1, that of `predict` less; of 0, anything is written.
-        Raises ValueError where a concept is not finite.
+        A concept's length is how sure it is: that of `encode` is 1, that of `predict_next` less; of 0,
+        anything is written. Raises UserError on a wrong shape or value.
         """
-        concepts = torch.as_tensor(np.atleast_2d(np.asarray(concepts)), dtype=torch.float32)
-        if not concepts.isfinite().all():
-            raise ValueError('a concept is not finite')
-        generator = torch.Generator(self.device).manual_seed(seed)
-        texts = []
-        for start in range(0, len(concepts), batch_size):
-            with self.autocast:
-                part = concepts[start:start + batch_size].to(self.device)
-                ids = self.model.generate(part, max_tokens, temperature, top_k, top_p, generator)
-            texts += map(self.text, ids.tolist())
-        return texts
-
-    def text(self, ids):
-        """What token ids (a list) say up to the end of the sentence."""
-        end = ids.index(self.model.config.eos) if self.model.config.eos in ids else len(ids)
-        return self.tokenizer.decode(ids[:end])
-
-    @torch.inference_mode()
-    def continue_text(self, contexts, max_tokens=64):
-        """list[str]: a language model's next sentence, the likeliest token each time, after each of `contexts`.
-
-        A context is a list of token sequences, oldest first.
-        """
-        net, texts = self.model, []
-        none = torch.zeros(1, net.config.concept_dim, device=self.device)
-        for sentences in contexts:
-            with self.autocast:
-                free, read = net.prefixes(none), []
-                for ids in sentences:
-                    read += [free, net.embedding(torch.as_tensor(np.asarray(ids, np.int64), device=self.device))[None]]
-                before = torch.cat(read, 1) if read else None
-                texts.append(self.text(net.generate(none, max_tokens, before=before)[0].tolist()))
+        net, width, eos = self.model, self.model.config.concept_dim, self.model.config.eos
+        try:
+            concepts = torch.from_numpy(np.atleast_2d(np.asarray(concepts, dtype=np.float32)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f'concepts: expected numbers, (n, {width}): {error}') from None
+        if concepts.shape[1:] != (width,) or not concepts.isfinite().all():
+            raise UserError(f'concepts {tuple(concepts.shape)}: expected finite numbers, (n, {width})')
+        if not (min(temperature, top_k, max_tokens - 1, batch_size - 1) >= 0 < top_p <= 1):  # nor NaN
+            raise UserError('expected temperature and top_k of 0 or more, top_p above 0 and at most 1, '
+                            'max_tokens and batch_size of 1 or more')
+        generator, texts = torch.Generator(self.device).manual_seed(seed), []
+        for part in concepts.split(batch_size) if len(concepts) else ():
+            with autocast(self.device, self.dtype):
+                ids = net.generate(part.to(self.device), max_tokens, temperature, top_k, top_p, generator)
+            for row in ids.tolist():
+                texts.append(self.tokenizer.decode(row[:row.index(eos)] if eos in row else row))
         return texts
 
     @torch.inference_mode()
-    def nll(self, sequences, concepts=None, batch_size=64) -> np.ndarray:
-        """Nats (n,) that each token sequence costs given its concept (n, d), its end included; None: no concept."""
-        config, out = self.model.config, np.empty(len(sequences))
-        if concepts is None:
-            concepts = np.zeros((len(sequences), config.concept_dim), np.float32)
-        concepts = np.asarray(concepts, np.float32)
-        for index, ids, lengths in rows_by_length(sequences, batch_size):
-            tokens = F.pad(torch.from_numpy(ids), (config.n_prefix, 0)).to(self.device)
-            inside = np.arange(tokens.shape[1]) < lengths[:, None] + config.n_prefix
-            sentence = torch.from_numpy(inside).to(self.device).long() - 1
-            given = torch.from_numpy(concepts[index]).to(self.device)[:, None]
-            mask = self.model.mask(sentence)
-            with self.autocast:
-                loss = self.model.losses(tokens, sentence, given, mask)
-            out[index] = loss.double().sum(1).cpu().numpy()
-        return out
+    def nll(self, sequences, concepts=None, contexts=None, batch_size=64) -> np.ndarray:
+        """Nats (n,) that each token sequence costs given its concept (n, d), its end included; None: no
+        concept.
 
-    @torch.inference_mode()
-    def nll_in_context(self, sequences, contexts, batch_size=16) -> np.ndarray:
-        """Nats (n,) that a language model gives each token sequence, its end included, after the sequences before it.
-
-        contexts: for each a list of token sequences, oldest first.
+        contexts: for each sequence the sequences before it, oldest first, which a language model reads.
         """
-        config, out = self.model.config, np.empty(len(sequences))
-        free = np.zeros(config.n_prefix, np.int64)
-        texts = [[np.concatenate((free, s)) for s in (*before, last)] for before, last in zip(contexts, sequences)]
-        for index, ids, _ in rows_by_length([np.concatenate(t) for t in texts], batch_size):
-            sentence = np.full(ids.shape, -1)
-            for row, i in enumerate(index):
-                of = np.repeat(np.arange(len(texts[i])), [len(s) for s in texts[i]])
-                sentence[row, :len(of)] = of
-            tokens, sentence = (torch.from_numpy(x).to(self.device) for x in (ids, sentence))
-            last = sentence.amax(1, keepdim=True)
-            none = torch.zeros(len(index), int(last.max()) + 1, config.concept_dim, device=self.device)
-            with self.autocast:
-                loss = self.model.losses(tokens, sentence, none, self.model.mask(sentence.clamp(max=0)),
-                                         only=sentence == last)
+        net, out = self.model, np.empty(len(sequences))
+        documents = [[*before, own] for before, own in zip(contexts or [[]] * len(sequences), sequences)]
+        for index, *batch in packed(documents, batch_size if contexts is None else 16, net.config.n_prefix):
+            tokens, sentence, document = (x.to(self.device) for x in batch)
+            given = torch.zeros(*document.shape, net.config.concept_dim, device=self.device)
+            if concepts is not None:
+                given[:, 0] = torch.as_tensor(concepts[index], dtype=torch.float32)
+            mask = build_mask(document_of(sentence, document), causal=True)
+            with autocast(self.device, self.dtype):
+                x, target, counted = net.states(tokens, sentence, given, mask)
+                counted &= sentence == sentence.amax(1, keepdim=True)  # the last one alone
+                logits = F.linear(x[counted], net.embedding.weight)
+            loss = torch.zeros(target.shape, device=self.device)
+            loss[counted] = F.cross_entropy(logits.float(), target[counted], reduction='none')
             out[index] = loss.double().sum(1).cpu().numpy()
         return out
 
 
-def load_encoder(path, device='cpu', dtype='float32') -> SentenceEncoder:
-    """The encoder saved at `path` (a file, or an out_dir). Raises FileNotFoundError or ValueError."""
-    from prepare import load_tokenizer  # the tokenizer travels in the checkpoint; only text needs it
-    state = load_checkpoint(path, 'encoder', device)
+def load_encoder(path, device='auto', dtype='float32') -> SentenceEncoder:
+    """The encoder saved at `path`, a file or an out_dir. Raises UserError where there is none, or no such
+    device."""
+    state = load_checkpoint(path, 'encoder')
     jepa = JEPA(JEPAConfig(**state['config']))
     jepa.load_state_dict(state['model'])
     encoder = SentenceEncoder(jepa, load_tokenizer(state['tokenizer']), device, dtype)
-    encoder.settings, encoder.tokenizer_sha256 = state['settings'], state['tokenizer']['sha256']
+    encoder.settings, encoder.step, encoder.fingerprint = state['settings'], state['step'], jepa.fingerprint()
     return encoder
 
 
-def load_decoder(path, device='cpu', dtype='float32', kind='decoder') -> ConceptDecoder:
-    """The decoder, or the `kind` 'language_model', saved at `path` (a file, or an out_dir).
-
-    Raises FileNotFoundError or ValueError.
-    """
-    from prepare import load_tokenizer
-    state = load_checkpoint(path, kind, device)
-    decoder = Decoder(DecoderConfig(**state['config']))
-    decoder.load_state_dict(state['model'])
-    return ConceptDecoder(decoder, load_tokenizer(state['tokenizer']), device, dtype, state['encoder_fingerprint'])
+def load_decoder(path, device='auto', dtype='float32', kind='decoder') -> ConceptDecoder:
+    """The decoder, or the `kind` 'language_model', saved at `path`, a file or an out_dir. Raises
+    UserError."""
+    state = load_checkpoint(path, kind)
+    net = Decoder(DecoderConfig(**state['config']))
+    net.load_state_dict(state['model'])
+    out = ConceptDecoder(net, load_tokenizer(state['tokenizer']), device, dtype)
+    out.settings, out.step, out.fingerprint = state['settings'], state['step'], state['fingerprint']
+    return out
