@@ -1,17 +1,14 @@
 #!/usr/bin/env bash
-# Every benchmark that a GPU bears on, under 8 minutes on a large one: steps against their references at three sizes, what
-# compilation and bfloat16 bring, where the time goes, growth with block_size, width and corpus. Writes
-# tests/results/{train,variants,profile,growth_*}_cuda.csv.
-#     bash tests/bench_cuda.sh               DEVICE=cpu rehearses it, small
+# Every benchmark that a GPU bears on, in 8 minutes on a large one, from data that prepare.py wrote before: training
+# steps against a language model of the same width, where their time goes, generation, encode. Writes
+# tests/results/{train,phases}_cuda.csv, or to the folder in $OUT.
+#     bash tests/bench_cuda.sh data/openstax            DEVICE=cpu rehearses it, small; PYTHON names an interpreter
 set -euo pipefail
 cd "$(dirname "$0")/.."
-device=${DEVICE:-cuda}
+data=${1:?the data_dir}; device=${DEVICE:-cuda}; out=${OUT:-tests/results}; python=${PYTHON:-python3}
 if [ "$device" = cuda ]; then
-    shape="--batch_size=16 --block_size=4096" small=384,6,6 large=768,12,12 compile=--compile
+    shape="--batch_size=16 --block_size=4096 --repeats=10 --warm_up=4" size="384,6,6;512,6,8;768,12,12"
 else
-    shape="--batch_size=2 --block_size=512" small=192,2,3 large=192,2,3 compile=
+    shape="--batch_size=2 --block_size=256 --repeats=2 --warm_up=1" size="32,1,2"
 fi
-python tests/bench_train.py --device="$device" --repeats=5 --steps=3 --warm_up=3 $shape $compile
-python tests/bench_train.py --device="$device" --repeats=5 --steps=3 --warm_up=3 $shape --variants --size="$small"
-python tests/bench_train.py --device="$device" --steps=3 --warm_up=3 $shape $compile --profile --size="$large"
-python tests/bench_growth.py --device="$device" --repeats=5 --warm_up=3 $compile
+$python tests/bench_train.py --device="$device" --data_dir="$data" --size="$size" --results="$out" $shape

@@ -1,9 +1,10 @@
-"""prepare.py end to end against tiktoken alone, on 1 and on --num_proc processes; against `datasets.map` with whichever
-sentence splitters are installed (see bench_split.py); its parts; and its memory as the corpus grows.
+"""prepare.py end to end: MB/s beside tiktoken alone on as many processes and an older checkout; memory.
 
-    python tests/bench_prepare.py --text=<.jsonl or .jsonl.gz> --repeats=5
+    python tests/bench_prepare.py --text=<.jsonl or .jsonl.gz> --other=<folder of an older checkout>
 
-Without --text: the embedded Bible, eight times over. Writes tests/results/prepare.csv.
+All in turn, so that a slow moment of the machine falls on all. A speed is the difference of a large and a
+small run: what a MB costs once Python is up and the tokenizer trained. Without --text: the embedded Bible.
+Writes tests/results/prepare.csv.
 """
 
 import argparse
@@ -15,184 +16,106 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
-import numpy as np
+import tiktoken
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-sys.path[:0] = [ROOT, HERE]
-from bench_split import splitters  # noqa: E402
-
+sys.path.insert(0, ROOT)
 import prepare  # noqa: E402
 
-_encode = None
 
-
-def start(spec, folder):
+def start(spec):
+    """Give the process tiktoken's own encoder, nothing of ours."""
     global _encode
-    _encode = prepare.load_tokenizer(spec, folder)._decode.__self__.encode_ordinary  # tiktoken's own, nothing of ours
+    loaded = prepare.load_tokenizer(spec)._decode.__self__
+    _encode = (loaded if 'merges' in spec else tiktoken.get_encoding(spec['name'])).encode_ordinary
 
 
 def tokenize(texts):
-    """tiktoken on whole documents: what cannot be avoided."""
     return sum(len(_encode(text)) for text in texts)
 
 
-def tiktoken_alone(texts, folder, n):
-    """Seconds to tokenize the documents in n processes that are already up."""
-    spec = json.load(open(os.path.join(folder, 'meta.json')))['tokenizer']
-    chunks = [texts[i:i + 64] for i in range(0, len(texts), 64)]
-    with multiprocessing.get_context('spawn').Pool(n, start, (spec, folder)) as pool:
-        pool.map(tokenize, chunks[:n])
+def tiktoken_alone(texts, spec, n):
+    """Seconds to tokenize whole documents in n processes that are already up: what cannot be avoided."""
+    groups = [texts[i:i + 64] for i in range(0, len(texts), 64)]
+    with multiprocessing.get_context('spawn').Pool(n, start, (spec,)) as pool:
+        pool.map(tokenize, groups[:n])
         began = time.perf_counter()
-        for _ in pool.imap_unordered(tokenize, chunks):
-            pass
+        list(pool.imap_unordered(tokenize, groups))
         return time.perf_counter() - began
 
 
-def map_text(batch, splitter):
-    """What a user of `datasets` would write: the sentences of each text, split and tokenized."""
-    split = splitters()[splitter]
-    return {'ids': [[_encode(s) for s in split(text)] for text in batch['text']]}
-
-
-def datasets_map(source, name, spec, folder, n, texts):
-    """Seconds of datasets.map over the first `texts` texts of `source`, arrow file written, in n processes."""
-    import datasets
-    datasets.disable_progress_bars()
-    data = datasets.load_dataset('json', data_files=source, split=f'train[:{texts}]', cache_dir=f'{folder}/cache')
-    start(spec, folder)  # processes are forked: they have it
-    began = time.perf_counter()
-    data.map(map_text, batched=True, batch_size=64, num_proc=n, fn_kwargs={'splitter': name}, remove_columns=data.column_names,
-             load_from_cache_file=False, new_fingerprint=f'{name}{began}')
-    return time.perf_counter() - began
-
-
-def in_turn(repeats, functions):
-    """Median seconds of each of {name: function}, run in turn."""
-    seconds = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, f in functions.items():
-            began = time.perf_counter()
-            f()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(s) for name, s in seconds.items()}
-
-
-def parts(texts, spec, folder, repeats):
-    """MB/s of the parts of prepare.py on one process: {name: median}, in turn."""
-    encode = prepare.load_tokenizer(spec, folder).encode
-    start(spec, folder)
-    prepare._encode = encode
-    chunks = list(prepare.chunks(texts[:640]))
-    size = sum(len(t.encode()) for c in chunks for t in c) / 1e6
-    sentences = [[s for t in c for s in prepare.split_sentences(t)] for c in chunks]
-    done = [prepare.work(c, 128, 0.0, np.uint16) for c in chunks]
-
-    def write():
-        writer = prepare.Writer(folder, 'bench', 0, 1)
-        for split, _, _ in done:
-            writer.add(*split['train'])
-        writer.close()
-    stages = {'tiktoken alone': lambda: [tokenize(c) for c in chunks],
-              'split_sentences': lambda: [prepare.split_sentences(t) for c in chunks for t in c],
-              'tokenize sentences': lambda: [encode(s) for s in sentences],
-              'write and checksum': write,
-              'all that a worker does': lambda: [prepare.work(c, 128, 0.0, np.uint16) for c in chunks]}
-    return {name: size / seconds for name, seconds in in_turn(repeats, stages).items()}
-
-
-def memory(pid):
-    """Resident MB of a process and its children."""
-    total = 0
-    for p in [pid, *map(int, subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split())]:
-        try:
-            with open(f'/proc/{p}/status') as f:
-                total += next((int(line.split()[1]) for line in f if line.startswith('VmRSS')), 0)
-        except OSError:
-            pass
-    return total / 1024
-
-
-def run_prepare(source, folder, n, *more, watch=False):
-    """Seconds of prepare.py as a user runs it, start of Python included; peak MB if watched, which slows it."""
+def run(root, source, folder, n, tokenizer, watch=False):
+    """Seconds that a checkout's prepare.py takes; and its peak memory in MB if watched, which slows it."""
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'prepare.py'), f'--dataset={source}', f'--data_dir={folder}',
-                                f'--num_proc={n}', *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = []
-    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
-    reader.start()
+    command = [sys.executable, 'prepare.py', f'--dataset={source}', f'--data_dir={folder}', f'--num_proc={n}',
+               f'--tokenizer={tokenizer}']
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while watch and process.poll() is None:
-        peak = max(peak, memory(process.pid))
+        children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True)
+        peak = max(peak, sum(map(resident, [process.pid, *children.stdout.split()])))
         time.sleep(0.05)
-    process.wait()
-    seconds = time.perf_counter() - began
-    reader.join()
-    assert process.returncode == 0, output[0]
-    return seconds, peak
+    assert process.wait() == 0
+    return time.perf_counter() - began, peak
 
 
-def whole(source, large, texts, folder, n, tokenizer, repeats, times):
-    """Median seconds of tiktoken alone and of prepare.py on n processes, and of their ratio, in turn."""
-    seconds = []
-    for i in range(repeats):
-        alone = tiktoken_alone(texts, f'{folder}/first', n)
-        # the difference of a large and a small run: what a MB costs once Python is up and the tokenizer trained
-        short, _ = run_prepare(source, f'{folder}/short{n}_{i}', n, tokenizer)
-        long, _ = run_prepare(large, f'{folder}/long{n}_{i}', n, tokenizer)
-        ours = (long - short) / (times - 1)
-        seconds.append((alone, ours, alone / ours))
-    return [statistics.median(s) for s in zip(*seconds)]
+def resident(pid):
+    """Resident MB of a process."""
+    try:
+        with open(f'/proc/{pid}/statm') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+    except OSError:
+        return 0
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument('--text', default='')
+    parser.add_argument('--other', default='')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--num_proc', type=int, default=os.cpu_count())
     parser.add_argument('--tokenizer', default='bpe:8192')
-    parser.add_argument('--times', type=int, default=10, help='how much larger the corpus is whose memory is measured')
-    arguments = parser.parse_args()
-    texts = list(prepare.read_file(arguments.text, 'text', '')) if arguments.text else list(prepare.read_bible()) * 8
-    size = sum(len(t.encode()) for t in texts) / 1e6
+    parser.add_argument('--megabytes', type=int, default=32, help='of text in the small run')
+    parser.add_argument('--times', type=int, default=4, help='so much larger is the large run')
+    parser.add_argument('--out', default=os.path.join(HERE, 'results', 'prepare.csv'))
+    given = parser.parse_args()
+    texts = list(prepare.read_file(given.text, 'text', '') if given.text else prepare.read_bible()) * 4
+    texts = next(prepare.chunks(texts, given.megabytes * 1_000_000))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    roots, rows = {'prepare.py': ROOT} | ({'the other checkout': given.other} if given.other else {}), []
+
     with tempfile.TemporaryDirectory() as folder:
-        source, large = os.path.join(folder, 'a.jsonl'), os.path.join(folder, 'b.jsonl')
-        lines = ''.join(json.dumps({'text': t}) + '\n' for t in texts)
-        with open(source, 'w') as f:
-            f.write(lines)
-        with open(large, 'w') as f:
-            for _ in range(arguments.times):
-                f.write(lines)
-        tokenizer = f'--tokenizer={arguments.tokenizer}'
-        _, small = run_prepare(source, f'{folder}/first', arguments.num_proc, tokenizer, watch=True)
-        _, peak = run_prepare(large, f'{folder}/again', arguments.num_proc, tokenizer, watch=True)
-        rows = [('tokenizer', arguments.tokenizer), ('processes', arguments.num_proc)]
-        speeds = {}
-        for n in sorted({1, arguments.num_proc}, reverse=True):
-            alone, ours, ratio = whole(source, large, texts, folder, n, tokenizer, arguments.repeats, arguments.times)
-            speeds[n] = size / ours
-            rows += [(f'{n} processes: tiktoken alone, MB/s', f'{size / alone:.1f}'),
-                     (f'{n} processes: prepare.py, MB/s', f'{size / ours:.1f}'), (f'{n} processes: ratio', f'{ratio:.2f}')]
-        if len(speeds) == 2:
-            rows.append((f'{arguments.num_proc} processes, of 1', f'{speeds[arguments.num_proc] / speeds[1]:.2f}'))
-        rows += [(f'peak memory, {size:.0f} MB of text, MB', f'{small:.0f}'),
-                 (f'peak memory, {size * arguments.times:.0f} MB of text, MB', f'{peak:.0f}')]
-        spec = json.load(open(f'{folder}/first/meta.json'))['tokenizer']
-        rows += [(f'one process: {name}, MB/s', f'{speed:.1f}')
-                 for name, speed in parts(texts, spec, f'{folder}/first', arguments.repeats).items()]
-        for name in splitters():
-            # the slow ones on a part: 100 texts a process or the whole
-            n = arguments.num_proc * 100 if name == 'pysbd' else len(texts)
-            mb = sum(len(t.encode()) for t in texts[:n]) / 1e6
-            took = [datasets_map(source, name, spec, f'{folder}/first', arguments.num_proc, n)
-                    for _ in range(1 if name == 'pysbd' else arguments.repeats)]
-            rows.append((f'datasets.map, {name}, MB/s', f'{mb / statistics.median(took):.1f}'))
-    for name, value in rows:
-        print(f'{name:50} {value}')
-    os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)
-    with open(os.path.join(HERE, 'results', 'prepare.csv'), 'w', newline='') as f:
+        sources = [f'{folder}/{name}.jsonl' for name in ('small', 'large')]
+        for source, times in zip(sources, (1, given.times)):
+            with open(source, 'w') as f:
+                for _ in range(times):
+                    f.writelines(json.dumps({'text': text}) + '\n' for text in texts)
+        for root, source in ((root, source) for root in roots.items() for source in sources):
+            data_dir = f'{folder}/{root[0]}_{os.path.basename(source)}'
+            _, peak = run(root[1], source, data_dir, given.num_proc, given.tokenizer, watch=True)
+            rows.append((f'{root[0]}: peak memory, {os.path.basename(source)[:5]} run, MB', f'{peak:.0f}'))
+        with open(f'{folder}/prepare.py_small.jsonl/meta.json') as f:
+            spec = json.load(f)['tokenizer']
+        for n in sorted({1, given.num_proc}):
+            speeds = {name: [] for name in ('tiktoken alone', *roots)}
+            for i in range(given.repeats):
+                speeds['tiktoken alone'].append(size / tiktoken_alone(texts, spec, n))
+                for name, root in roots.items():
+                    short, long = (run(root, source, f'{folder}/{name}_{n}_{i}_{k}', n, given.tokenizer)[0]
+                                   for k, source in enumerate(sources))
+                    speeds[name].append(size * (given.times - 1) / (long - short))
+            for name, values in speeds.items():
+                rows.append((f'{n} processes: {name}, MB/s', f'{statistics.median(values):.1f}'))
+                if name != 'prepare.py':
+                    ratios = sorted(a / b for a, b in zip(speeds['prepare.py'], values))
+                    rows.append((f'{n} processes: prepare.py / {name}, median (least to most)',
+                                 f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'))
+    rows += [('tokenizer', given.tokenizer), ('text, MB', f'{size:.0f} and {size * given.times:.0f}')]
+    for row in rows:
+        print(f'{row[0]:75} {row[1]}')
+    with open(given.out, 'w', newline='') as f:
         csv.writer(f).writerows([('what', 'value'), *rows])
 
 

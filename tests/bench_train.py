@@ -1,26 +1,25 @@
-"""A training step of encoder and decoder against two references of the same width and depth on the same text.
+"""Speed of a training step: encoder and decoder against a plain language model of the same width on the same text.
 
-    python tests/bench_train.py                                      CPU: 192 and 384 wide, on the embedded Bible
-    python tests/bench_train.py --data_dir=data/openstax --device=cuda --compile
-    python tests/bench_train.py --variants
+    python tests/bench_train.py                              CPU: 192 and 384 wide, on the embedded Bible
+    python tests/bench_train.py --device=cuda --data_dir=data/openstax --batch_size=16 --block_size=4096
+    python tests/bench_train.py --other=<another checkout>   both checkouts' training scripts, step by step in turn
 
-windows: the usual data flow, a context of the 8 sentences before and one target, each padded to the longest of its
-batch, the encoder run on both, one prediction each. language model: a causal model on full rows, as nanoGPT trains it.
-All run in turn, the medians of --repeats rounds count. Utilisation is of the bfloat16 (or float32) matrix product measured in
-the same run. Writes tests/results/train_<device>.csv; with --variants, variants_<device>.csv: what compilation and bfloat16
-bring, each on its own; with --profile, profile_<device>.csv: where a step's time goes.
+Workloads take turns; medians of --repeats steps; on CUDA all is compiled. FLOPs are those the mathematics asks for: of
+real tokens, and of pairs of tokens of which one sees the other; `utilisation` is their share of a matrix product in
+the same run. `generate` writes 64 tokens a sentence with a key-value cache, `reread` without. In tests/results:
+train_<device>.csv and phases_<device>.csv (milliseconds of a step's parts), or ratio_<device>.csv.
 """
 
 import argparse
+import contextlib
 import csv
-import operator
+import json
 import os
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -28,374 +27,296 @@ import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, HERE]
+from bench_encode import compare, in_turn, interval, show  # noqa: E402
+
 import model as lib  # noqa: E402
 from prepare import Corpus  # noqa: E402
 
-SIZES = {'cpu': [(192, 2, 3), (384, 2, 6)], 'cuda': [(384, 6, 6), (768, 12, 12), (1024, 24, 16)]}  # width, layers, heads
-CONTEXT = 8  # sentences
+SIZES = {'cpu': '192,2,3;384,2,6', 'cuda': '384,6,6;512,6,8;768,12,12'}  # width, layers, heads
+PREFIX, WRITTEN = 2, 64
 
-
-class CausalBlock(lib.Block):
-    """Block whose attention is causal without a mask, as a language model's is."""
-
-    def forward(self, x, rope, mask=None, cache=None):
-        B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(lib.rotate(q, *rope), lib.rotate(k, *rope), v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class LanguageModel(lib.Encoder):
-    """Tokens to cross-entropy of the next ones; head and embedding are one."""
-
-    def __init__(self, vocab_size, n_layer, n_head, n_embd):
-        super().__init__(vocab_size, n_layer, n_head, n_embd)
-        self.blocks = torch.nn.ModuleList(CausalBlock(n_embd, n_head, 0.0, n_layer) for _ in range(n_layer))
-        torch.nn.init.normal_(self.embedding.weight, std=0.02)
-
-    def forward(self, tokens):
-        x = super().forward(tokens, None)
-        logits = F.linear(x, self.embedding.weight)[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+# ---------------------------------------------------------------------------------------------------------------
+# Workloads: each makes step(i, mark), which calls mark(name) at the end of each of its parts, and returns a function
+# that gives (real tokens, flops) once the clock has stopped
 
 
 class Bench:
-    """One size and its workloads: each makes a function that takes a step, by number.
+    """Models of one size."""
 
-    What that returns gives, when called, (predictions, tokens, positions, flops): counted once the clock has stopped.
-    """
-
-    def __init__(self, corpus, size, arguments):
-        self.corpus, (self.width, self.layers, self.heads), self.a = corpus, size, arguments
-        self.vocab = corpus.meta['tokenizer']['n_vocab']
-        self.device = arguments.device
-        self.autocast = torch.autocast(self.device, torch.bfloat16) if arguments.dtype == 'bfloat16' else nullcontext()
-        self.path = lib.attention_path(self.device, arguments.compile)
+    def __init__(self, corpus, size, a):
+        self.corpus, (self.width, self.layers, self.heads), self.a = corpus, size, a
+        self.vocab, self.path = corpus.meta['tokenizer']['n_vocab'], lib.attention_path(a.device, a.compile)
+        self.autocast = torch.autocast(a.device, torch.bfloat16, enabled=a.dtype == 'bfloat16')
 
     def compiled(self, f):
-        return torch.compile(f) if self.a.compile else f
+        return torch.compile(f, dynamic=False) if self.a.compile else f
 
-    def tensors(self, batch):
-        return [torch.from_numpy(batch[k]).to(self.device) for k in ('tokens', 'sentence', 'document')]
-
-    def update(self, net, optimizer, loss):
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def jepa(self):
+    def made(self, make, *config):
         torch.manual_seed(0)
-        config = lib.JEPAConfig(self.vocab, self.layers, self.heads, self.width, predictor_layer=2)
-        net = lib.JEPA(config).to(self.device)
-        return net, torch.optim.AdamW(lib.optimizer_groups(net, 0.05), lr=1e-4, fused=True)
+        return make(*config).to(self.a.device)
 
-    def encoder(self):
-        net, optimizer = self.jepa()
-        forward, target_means = self.compiled(net), self.compiled(net.target_means)
+    def concept_decoder(self):
+        config = lib.DecoderConfig(self.vocab, self.width, 0, self.layers, self.heads, self.width, PREFIX)
+        return self.made(lib.Decoder, config)
 
-        def step(i):
-            tokens, sentence, document = self.tensors(self.corpus.batch(i, self.a.batch_size, self.a.block_size,
-                                                                        self.a.block_size // 8))
-            own, context = net.masks(sentence, document, self.path)
-            with torch.no_grad(), self.autocast:
-                z = target_means(tokens, sentence, document.shape[1], own)
-            mean, cov, _ = lib.moments(z[document >= 0])
-            net.whitening.update(mean, cov)
-            if i % 10 == 0:
-                net.whitening.refresh()
-            n = lib.pairs(document).sum()
-            with self.autocast:
-                loss = forward(tokens, sentence, document, net.whitening(z, mean), context) / n
-            self.update(net, optimizer, loss)
-            net.update_target(0.99)
-            return lambda: counts(sentence, document, net.flops)
-        return step
+    def updates(self, net):
+        """A function of a loss and mark: backward and the optimizer's step."""
+        optimizer = torch.optim.AdamW(lib.optimizer_groups(net, 0.05), lr=1e-4, fused=True)
 
-    def decoder(self):
-        net, _ = self.jepa()
-        net.eval().requires_grad_(False)
-        config = lib.DecoderConfig(self.vocab, self.width, self.corpus.tokenizer.eos, self.layers, self.heads, self.width)
-        decoder = lib.Decoder(config).to(self.device)
-        optimizer = torch.optim.AdamW(lib.optimizer_groups(decoder, 0.05), lr=1e-4, fused=True)
-        forward, target_means = self.compiled(decoder), self.compiled(net.target_means)
-        prefix = config.n_prefix
+        def update(loss, mark):
+            mark('forward')
+            loss.backward()
+            mark('backward')
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mark('optimizer')
+        return update
 
-        def step(i):
-            tokens, sentence, document = self.tensors(self.corpus.batch(i, self.a.batch_size, self.a.block_size,
-                                                                        self.a.block_size // 8, prefix=prefix))
+    def attention(self, pairs):
+        """FLOPs of scores and weighted sums, forward, over pairs of positions of which one sees the other."""
+        return 4 * self.layers * self.width * float(pairs)
+
+    def training(self, kind):
+        """A step of train_encoder.py or train_decoder.py; batches are cut beforehand, as they are in the background."""
+        a, encoder, prefix = self.a, kind == 'encoder', PREFIX * (kind == 'decoder')
+        jepa = self.made(lib.JEPA, lib.JEPAConfig(self.vocab, self.layers, self.heads, self.width))
+        net = jepa if encoder else self.concept_decoder()
+        forward, targets, update = self.compiled(net), self.compiled(jepa.targets), self.updates(net)
+        shape = a.batch_size, a.block_size, self.corpus.max_sentences(a.block_size, prefix)
+        batches = [[torch.from_numpy(x).to(a.device) for x in self.corpus.batch(i, 0, 1, *shape, prefix=prefix).values()]
+                   for i in range(a.warm_up + a.repeats)]
+
+        def step(i, mark):
+            tokens, sentence, document = batches[i]
             words = torch.where(lib.place_in_sentence(sentence) < prefix, -1, sentence)
-            with torch.no_grad(), self.autocast:
-                z = target_means(tokens, words, document.shape[1], net.masks(words, document, self.path)[0])
-            mask = decoder.mask(sentence, self.path)
             with self.autocast:
-                loss = forward(tokens, sentence, net.whitening(z), mask, torch.ones(document.shape, device=self.device)) / (sentence >= 0).sum()
-            self.update(decoder, optimizer, loss)
+                own = lib.build_mask(words, path=self.path)
+                mask = own if encoder else lib.build_mask(sentence, True, path=self.path)
+                mark('masks')
+                z = targets(tokens, words, document, own)
+                mark('targets')
+                concepts = jepa.whitening(z, document >= 0)
+                mark('whitening')
+                loss = forward(tokens, sentence, *[document] * encoder, concepts, mask) / a.block_size
+            update(loss, mark)
+            if encoder:
+                jepa.whitening.update(jepa.whitening.moments(z, document >= 0))
+                if i % 10 == 0:
+                    jepa.whitening.refresh()
+                mark('statistics')
+                jepa.update_target(0.99)
+                mark('moving average')
+            return lambda: counts(*(torch.cat([torch.bincount(row[row >= 0]) for row in x]).double().cpu()
+                                    for x in (sentence, words)))
 
-            def flops(positions, sentences, seen):
-                frozen = 2 * lib.matrix_weights(net.target) * (positions - prefix * sentences)
-                return decoder.flops(positions, seen / 2) + frozen + 4 * self.layers * self.width * seen
-            return lambda: counts(sentence, document, flops, prefix)
-        return step
-
-    def windows(self):
-        net, optimizer = self.jepa()
-        sentences = [s for d in range(50) for s in self.corpus.document(d)]
-        size = max(self.a.batch_size * self.a.block_size // (9 * int(np.mean([len(s) for s in sentences]))), 1)
-        encoder, target = self.compiled(net.encoder), self.compiled(net.target)
-
-        def padded(rows):
-            out = np.zeros((len(rows), max(map(len, rows))), np.int64)
-            inside = np.zeros(out.shape, bool)
-            for j, row in enumerate(rows):
-                out[j, :len(row)], inside[j, :len(row)] = row, True
-            return torch.from_numpy(out).to(self.device), torch.from_numpy(inside).to(self.device)
-
-        def mean(h, inside):
-            return (h.float() * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
-
-        def step(i):
-            at = np.random.default_rng(i).integers(CONTEXT, len(sentences), size)
-            context, inside = padded([np.concatenate(sentences[j - CONTEXT:j]) for j in at])
-            goal, there = padded([sentences[j] for j in at])
-            alone = torch.zeros(size, 1, dtype=torch.long, device=self.device)
-            with torch.no_grad(), self.autocast:
-                z = mean(target(goal, there[:, None, None]), there)
-            with self.autocast:
-                c = mean(encoder(context, inside[:, None, None]), inside)[:, None]
-                p = net.predict_concepts(lib.unit(c), alone)[:, 0]
-                loss = (1 - F.cosine_similarity(p, z, dim=-1)).mean()
-            self.update(net, optimizer, loss)
-            net.update_target(0.99)
-            return lambda: (size, int(inside.sum() + there.sum()), inside.numel() + there.numel(), int(
-                lib.matrix_weights(net.encoder) * (6 * inside.sum() + 2 * there.sum())
-                + 6 * lib.matrix_weights(net.predictor) * size
-                + 4 * self.layers * self.width * (3 * (inside.sum(1) ** 2).sum() + (there.sum(1) ** 2).sum())))
+        def counts(n, m):  # positions of each sentence, with the prefix and without
+            frozen = 2 * matrices(jepa.encoder) * m.sum() + self.attention((m * m).sum())
+            if encoder:  # the predictor reads two inputs
+                return m.sum(), 4 * frozen + 12 * matrices(jepa.predictor) * len(m)
+            once = matrices(net.prefix) + matrices(net.direct)
+            return m.sum(), (frozen + 3 * self.attention((n * (n + 1) / 2).sum()) + 6 * (
+                matrices(net.blocks) * n.sum() + once * len(n) + self.vocab * self.width * (m + 1).sum()))
         return step
 
     def language_model(self):
-        torch.manual_seed(0)
-        net = LanguageModel(self.vocab, self.layers, self.heads, self.width).to(self.device)
-        optimizer = torch.optim.AdamW(lib.optimizer_groups(net, 0.05), lr=1e-4, fused=True)
-        forward = self.compiled(net)
-        tokens = self.corpus.shards[0].tokens
-        B, T = self.a.batch_size, self.a.block_size
+        net = self.made(LanguageModel, self.vocab, self.layers, self.heads, self.width)
+        forward, update, (B, T) = self.compiled(net), self.updates(net), (self.a.batch_size, self.a.block_size)
+        text = np.concatenate([ids for d in range(min(50, self.corpus.n_documents)) for ids in self.corpus.document(d)])
+        rows = torch.from_numpy(np.resize(text.astype(np.int64), (B, T))).to(self.a.device)
 
-        def step(i):
-            start = i * B * T % (len(tokens) - B * T)
-            rows = torch.from_numpy(np.asarray(tokens[start:start + B * T]).astype(np.int64)).view(B, T).to(self.device)
+        def step(i, mark):
             with self.autocast:
                 loss = forward(rows)
-            self.update(net, optimizer, loss)
-            flops = 6 * (lib.matrix_weights(net.blocks) + self.vocab * self.width) * B * T + \
-                12 * self.layers * self.width * B * T * (T + 1) // 2
-            return lambda: (0, B * T, B * T, flops)
+            update(loss, mark)
+            return lambda: (B * T, 6 * (matrices(net.blocks) + self.vocab * self.width) * B * T
+                            + 3 * self.attention(B * T * (T + 1) / 2))
+        return step
+
+    def writing(self, n, write):
+        """Greedy generation of WRITTEN tokens for each of n concepts by write(net, concepts)."""
+        net, z = self.concept_decoder().eval(), torch.randn(n, self.width, device=self.a.device)
+        net.config.eos = -1
+
+        def step(i, mark):
+            with torch.inference_mode(), self.autocast:
+                write(net, z)
+            return lambda: (n * WRITTEN, 0)
         return step
 
 
-def counts(sentence, document, flops, prefix=0):
-    """(predictions, real tokens, positions, flops) of a packed batch; flops of (tokens, sentences, pairs seen)."""
-    n = torch.cat([torch.bincount(s[s >= 0]) for s in sentence]).double()
-    tokens = int(n.sum()) - prefix * len(n)
-    return int(lib.pairs(document).sum()), tokens, sentence.numel() - prefix * len(n), \
-        float(flops(int(n.sum()), len(n), float((n * n).sum())))
+class LanguageModel(lib.Encoder):
+    """Tokens (B, T) to the cross-entropy of the next ones, as nanoGPT; head and embedding are one."""
+
+    def __init__(self, *config):
+        super().__init__(*config)
+        torch.nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            block.attend = lambda qkv, rope, *_, heads=block.n_head: causal(qkv, rope, heads)
+
+    def forward(self, tokens):
+        logits = F.linear(super().forward(tokens, None)[:, :-1], self.embedding.weight)
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-WORKLOADS = {'encoder': Bench.encoder, 'windows': Bench.windows, 'decoder': Bench.decoder,
-             'language model': Bench.language_model}
+def causal(qkv, rope, heads):
+    """Block.attend, to all that stands before in the row, without a mask."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(lib.rotate(q, *rope), lib.rotate(k, *rope), v, is_causal=True)
+    return y.transpose(1, 2).flatten(2)
 
 
-def wait(device):
-    if device == 'cuda':
-        torch.cuda.synchronize()
+def matrices(module):
+    """Weights that each position is multiplied with: of a module's matrices, without its embeddings."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
 
 
-def ceiling(device, dtype, n=2048):
-    """GFLOP/s of a matrix product of n x n."""
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(6):
-        wait(device)
-        began = time.perf_counter()
-        a @ b
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return 2 * n ** 3 / statistics.median(times[1:]) / 1e9
+def reread(net, concepts):
+    """Decoder.generate, greedy, without a cache: all is read again for each token."""
+    out = torch.zeros(len(concepts), 0, dtype=torch.long, device=concepts.device)
+    for _ in range(WRITTEN):
+        tokens = F.pad(out, (PREFIX, 0))
+        x = net.states(tokens, 0 * tokens, concepts[:, None], lib.build_mask(0 * tokens, True))[0]
+        out = torch.cat((out, F.linear(x[:, -1:], net.embedding.weight).argmax(-1)), 1)
 
 
-def copy_speed(device, n=2**26):
-    """GB/s of a memory copy, read and written."""
-    a, b = (torch.zeros(n, dtype=torch.uint8, device=device) for _ in range(2))
-    times = []
-    for _ in range(6):
-        wait(device)
-        began = time.perf_counter()
-        a.copy_(b)
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return 2 * n / statistics.median(times[1:]) / 1e9
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
 
+def timed(step, i, a):
+    """(Tokens, flops, seconds, {part: seconds}) of a step. A GPU is waited for after each part."""
+    names, times = [], []
 
-def peak_memory(name, size, a):
-    """MB that a workload adds to a process of its own (CPU), or takes on the GPU."""
-    command = [sys.executable, __file__, f'--memory_of={name}', f"--size={','.join(map(str, size))}",
-               *(f'--{k}={getattr(a, k)}' for k in ('data_dir', 'device', 'dtype', 'batch_size', 'block_size')),
-               *(['--compile'] if a.compile else [])]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def high_water():
-    """Peak resident MB of this process. (getrusage's would be its parent's, if that is larger.)"""
-    with open('/proc/self/status') as f:
-        return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) / 1024
-
-
-def print_memory(a):
-    bench = Bench(Corpus(a.data_dir, 'train'), tuple(map(int, a.size.split(','))), a)
-    before = high_water()
-    step = WORKLOADS[a.memory_of](bench)
-    for i in range(3):
-        step(i)
-    print(torch.cuda.max_memory_allocated() / 2**20 if a.device == 'cuda' else high_water() - before)
-
-
-def in_turn(steps, a):
-    """Of each of {name: function}: rows (predictions, tokens, positions, flops, seconds) of a.repeats rounds, in turn."""
-    seen = {name: [] for name in steps}
-    for r in range(a.repeats):
-        for name, step in steps.items():
-            wait(a.device)
-            began = time.perf_counter()
-            taken = [step(a.warm_up + r * a.steps + i) for i in range(a.steps)]
-            wait(a.device)
-            seconds = time.perf_counter() - began
-            seen[name].append([*np.sum([count() for count in taken], 0), seconds])
-    return {name: np.array(runs) for name, runs in seen.items()}
-
-
-def warmed_up(step, a):
-    for i in range(a.warm_up):
-        step(i)
-    return step
+    def mark(name):
+        if a.device == 'cuda':
+            torch.cuda.synchronize()
+        names.append(name)
+        times.append(time.perf_counter())
+    mark('')
+    counts = step(i, mark)
+    mark('end')
+    return *map(float, counts()), times[-1] - times[0], dict(zip(names[1:-1], np.diff(times)))
 
 
 def measure(corpus, size, a, peak):
-    """Rows of the table for one size."""
-    bench = Bench(corpus, size, a)
-    steps = {name: warmed_up(make(bench), a) for name, make in WORKLOADS.items()}
+    """(Rows of the table, rows of parts) of one size."""
+    bench, cuda = Bench(corpus, size, a), a.device == 'cuda'
+    make = {'encoder': lambda: bench.training('encoder'), 'decoder': lambda: bench.training('decoder'),
+            'language model': bench.language_model}
+    make |= {f'{name}, batch {n}': lambda n=n, write=write: bench.writing(n, write)
+             for n in (1, 64) for name, write in (('generate', lambda net, z: net.generate(z, WRITTEN)), ('reread', reread))}
+    steps, memory, seen, rows, parts = {}, {}, {name: [] for name in make}, [], []
+    for name, f in make.items():
+        before = torch.cuda.memory_allocated() if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        steps[name] = f()
+        for i in range(a.warm_up):
+            timed(steps[name], i, a)
+        memory[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20) if cuda else ''
     torch._dynamo.utils.counters.clear()
-    seen = in_turn(steps, a)
-    recompiled = torch._dynamo.utils.counters['stats']['unique_graphs'] if a.compile else 0
-    rows = []
-    for name, runs in seen.items():
-        predictions, tokens, positions, flops, seconds = runs.T
-        rows.append({'width': size[0], 'layers': size[1], 'workload': name,
-                     'predictions/s': round(np.median(predictions / seconds)), 'tokens/s': round(np.median(tokens / seconds)),
-                     'padding': round(1 - tokens.sum() / positions.sum(), 4),
-                     'GFLOP/s': round(np.median(flops / seconds) / 1e9, 1),
-                     'utilisation': round(np.median(flops / seconds) / 1e9 / peak, 3),
-                     'MB': round(peak_memory(name, size, a)), 'graphs compiled while timed': recompiled})
+    for i in range(a.warm_up, a.warm_up + a.repeats):
+        for name, step in steps.items():
+            seen[name].append(timed(step, i, a))
+    for name, found in seen.items():
+        tokens, flops, seconds, marks = map(np.array, zip(*found))
+        first, speed = {'width': size[0], 'layers': size[1], 'workload': name}, np.median(flops / seconds) / 1e9
+        rows.append(first | {'tokens/s': round(np.median(tokens / seconds)), 'GFLOP/s': round(speed, 1),
+                             'utilisation': round(speed / peak, 3), 'MB': memory[name],
+                             'slowest over median step': round(max(seconds) / np.median(seconds), 2),
+                             'compiled while timed': torch._dynamo.utils.counters['stats']['unique_graphs']})
+        parts += [first | {'part': part, 'ms': round(1000 * np.median([m[part] for m in marks]), 2)} for part in marks[0]]
+    return rows, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Two checkouts. Settings' names and metrics.csv are all that this knows of the other one.
+
+def held(root, kind, size, out, data, a):
+    """Tokens a second of each next step of a checkout's training script, which stands still in between."""
+    path, done, tokens = f"{out}/metrics{'_decoder' * (kind == 'decoder')}.csv", 0, [0]
+    settings = {'data_dir': data, 'out_dir': out, 'n_embd': size[0], 'n_layer': size[1], 'n_head': size[2], 'eval_iters': 1,
+                'batch_size': a.batch_size, 'block_size': a.block_size, 'device': a.device, 'log_interval': 1,
+                'eval_interval': 10**6, 'max_iters': 10**6}
+    settings |= {'start_passes': 0, 'start_tokens': 100_000} if kind == 'encoder' else {}
+    process = subprocess.Popen([sys.executable, f'train_{kind}.py', *(f'--{k}={v}' for k, v in settings.items())],
+                               cwd=root, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            process.send_signal(signal.SIGCONT)
+            began, before = time.perf_counter(), tokens[-1]
+            while len(tokens) <= done + 1:
+                time.sleep(0.002)
+                assert process.poll() is None, 'the script has ended'
+                with contextlib.suppress(FileNotFoundError), open(path) as f:
+                    tokens = [0] + [int(r['tokens']) for r in csv.DictReader(f) if r['tokens_per_s']]
+            seconds, done = time.perf_counter() - began, len(tokens) - 1
+            process.send_signal(signal.SIGSTOP)
+            yield (tokens[-1] - before) / seconds
+    finally:  # let it save, and end
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        process.wait()
+
+
+def against(sizes, a, work):
+    """Rows that compare this checkout with a.other: training steps, encode, generate."""
+    roots, rows = {'this': ROOT, 'other': os.path.abspath(a.other)}, []
+    data = {name: prepared(f'{work}/{name}/data', a, root) for name, root in roots.items()}
+    corpus = Corpus(data['this'], 'train')
+    with open(f'{work}/texts.json', 'w') as f:
+        json.dump([corpus.tokenizer.decode(s) for d in range(50) for s in corpus.document(d)][:2000], f)
+    for size in sizes:
+        outs, found = {name: f'{work}/{name}/{size[0]}' for name in roots}, {}
+        for kind in ('encoder', 'decoder'):
+            runs = {name: held(root, kind, size, outs[name], data[name], a) for name, root in roots.items()}
+            found[f'{kind} step, tokens'] = in_turn({k: lambda r=r: next(r) for k, r in runs.items()}, a.repeats, a.warm_up)
+            for run in runs.values():
+                run.close()
+        found |= compare(roots, outs, f'{work}/texts.json', a.repeats, a.device)
+        rows += [{'width': size[0], 'layers': size[1], 'a second': what, **interval(s)} for what, s in found.items()]
     return rows
 
 
-def variants(corpus, size, a):
-    """Rows of tokens/s of encoder and decoder in fp32 and in bf16, as they are and compiled, all in turn."""
-    steps = {}
-    for workload in ('encoder', 'decoder'):
-        for dtype in ('float32', 'bfloat16'):
-            for compiled in (False, True):
-                bench = Bench(corpus, size, argparse.Namespace(**vars(a) | {'dtype': dtype, 'compile': compiled}))
-                steps[workload, dtype, compiled] = warmed_up(WORKLOADS[workload](bench), a)
-    speed = {key: float(np.median(runs[:, 1] / runs[:, 4])) for key, runs in in_turn(steps, a).items()}
-    return [{'width': size[0], 'layers': size[1], 'workload': w, 'dtype': d, 'compiled': c, 'tokens/s': round(v),
-             'of fp32, not compiled': round(v / speed[w, 'float32', False], 2)} for (w, d, c), v in speed.items()]
-
-
-def shares(corpus, size, a, top=8):
-    """Rows of the operations that take the most of each workload's step: share of its own time."""
-    from torch.profiler import ProfilerActivity, profile
-    activity = ProfilerActivity.CUDA if a.device == 'cuda' else ProfilerActivity.CPU
-    rows = []
-    for name, make in WORKLOADS.items():
-        step = warmed_up(make(Bench(corpus, size, a)), a)
-        with profile(activities=[activity]) as profiled:
-            for i in range(a.steps):
-                step(a.warm_up + i)
-            wait(a.device)
-        time_of = operator.attrgetter(f'self_{"device" if a.device == "cuda" else "cpu"}_time_total')
-        events = sorted(profiled.key_averages(), key=time_of, reverse=True)
-        whole = sum(map(time_of, events))
-        rows += [{'width': size[0], 'layers': size[1], 'workload': name, 'operation': e.key[:60],
-                  'share': round(time_of(e) / whole, 3)} for e in events[:top]]
-    return rows
-
-
-def show(rows):
-    for row in [dict(zip(rows[0], rows[0])), *rows]:
-        print(' '.join(f'{v!s:>{max(len(k), 8)}}' for k, v in row.items()))
-
-
-def write(name, rows):
-    """Write rows to tests/results/<name>.csv."""
-    os.makedirs(os.path.join(HERE, 'results'), exist_ok=True)
-    with open(os.path.join(HERE, 'results', name + '.csv'), 'w', newline='') as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def prepared(folder, a, root):
+    """The folder, once root's prepare.py has put --dataset there."""
+    subprocess.run([sys.executable, 'prepare.py', f'--dataset={a.dataset}', f'--data_dir={folder}', '--tokenizer=bpe:8192',
+                    '--num_proc=1'], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    return folder
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data_dir', default='', help='what prepare.py wrote; none: the embedded Bible, prepared here')
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
-    parser.add_argument('--dtype', default='bfloat16', choices=['bfloat16', 'float32'])
-    parser.add_argument('--compile', action='store_true')
-    parser.add_argument('--variants', action='store_true', help='fp32 and bf16, compiled and not, instead')
-    parser.add_argument('--profile', action='store_true', help='the operations that take the most time, instead')
-    parser.add_argument('--batch_size', type=int, default=4)
-    parser.add_argument('--block_size', type=int, default=1024)
-    parser.add_argument('--steps', type=int, default=2, help='steps a round')
-    parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--warm_up', type=int, default=2)
-    parser.add_argument('--memory_of', default='', help=argparse.SUPPRESS)
-    parser.add_argument('--size', default='', help='width,layers,heads instead of the usual ones')
+    for name, default in {'data_dir': '', 'dataset': 'web-bible', 'device': 'cpu', 'dtype': 'bfloat16', 'batch_size': 8,
+                          'block_size': 512, 'repeats': 9, 'warm_up': 2, 'size': '', 'other': '',
+                          'results': os.path.join(HERE, 'results')}.items():
+        parser.add_argument(f'--{name}', type=type(default), default=default)
     a = parser.parse_args()
+    a.compile = a.device == 'cuda'
+    sizes = [tuple(map(int, size.split(','))) for size in (a.size or SIZES[a.device]).split(';')]
     torch.set_float32_matmul_precision('high')
-    if a.memory_of:
-        print_memory(a)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        if not a.data_dir:
-            a.data_dir = folder + '/data'
-            subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py'), '--dataset=web-bible',
-                            f'--data_dir={a.data_dir}', '--tokenizer=bpe:8192'], check=True, stdout=subprocess.DEVNULL)
-        corpus = Corpus(a.data_dir, 'train')
-        peak = {d: ceiling(a.device, getattr(torch, d)) for d in ('bfloat16', 'float32')}
-        print(f"{torch.get_num_threads()} threads, {a.dtype}{', compiled' if a.compile else ''}; matrix product "
-              f"{peak['bfloat16']:.0f} GFLOP/s in bfloat16, {peak['float32']:.0f} in float32; copy "
-              f'{copy_speed(a.device):.1f} GB/s')
-        sizes = [tuple(map(int, a.size.split(',')))] if a.size else SIZES[a.device]
-        machine = {'threads': torch.get_num_threads(), 'matrix product GFLOP/s': round(peak[a.dtype])}
-        if a.variants:
-            rows = [row for size in sizes for row in variants(corpus, size, a)]
-            show(rows)
-            write(f'variants_{a.device}', [row | machine for row in rows])
+    with tempfile.TemporaryDirectory() as work:
+        if a.other:
+            show(against(sizes, a, work), f'{a.results}/ratio_{a.device}.csv')
             return
-        if a.profile:
-            rows = [row for size in sizes for row in shares(corpus, size, a)]
-            show(rows)
-            write(f'profile_{a.device}', rows)
-            return
-        rows = [row for size in sizes for row in measure(corpus, size, a, peak[a.dtype])]
-    show(rows)
-    for size in dict.fromkeys(r['width'] for r in rows):
-        of = {r['workload']: r for r in rows if r['width'] == size}
-        print(f"{size} wide: predictions/s {of['encoder']['predictions/s'] / of['windows']['predictions/s']:.1f} x windows; "
-              f"time a FLOP, of the language model's: encoder {of['language model']['GFLOP/s'] / of['encoder']['GFLOP/s']:.2f}, "
-              f"decoder {of['language model']['GFLOP/s'] / of['decoder']['GFLOP/s']:.2f}")
-    write(f'train_{a.device}', [row | {'dtype': a.dtype, 'compiled': a.compile} | machine for row in rows])
+        corpus = Corpus(a.data_dir or prepared(f'{work}/data', a, ROOT), 'train')
+        n, rows, parts = 8192 if a.device == 'cuda' else 1024, [], []  # large enough to fill the device
+        x, y = (torch.randn(n, n, device=a.device).to(getattr(torch, a.dtype)) for _ in range(2))
+        products = [timed(lambda i, mark: lambda done=x @ y: (0, 2 * n ** 3), i, a) for i in range(12)]
+        peak = np.median([flops / seconds for _, flops, seconds, _ in products[2:]]) / 1e9
+        for size in sizes:
+            torch._dynamo.reset()
+            found, more = measure(corpus, size, a, peak)
+            rows, parts = rows + found, parts + more
+    machine = {'dtype': a.dtype, 'compiled': a.compile, 'threads': torch.get_num_threads(), 'torch': torch.__version__,
+               'device': torch.cuda.get_device_name() if a.device == 'cuda' else 'cpu', 'GFLOP/s at most': round(peak)}
+    show(parts, f'{a.results}/phases_{a.device}.csv')
+    show([row | machine for row in rows], f'{a.results}/train_{a.device}.csv')
+    for size in sizes:
+        speed = {r['workload']: r['GFLOP/s'] for r in rows if r['width'] == size[0]}
+        print(f"{size[0]} wide, time a FLOP over the language model's: " + ', '.join(
+            f"{kind} {speed['language model'] / speed[kind]:.2f}" for kind in ('encoder', 'decoder')))
 
 
 if __name__ == '__main__':

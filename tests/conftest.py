@@ -1,25 +1,72 @@
-"""The repository's root on the path, and a small prepared corpus that the tests share."""
+"""The repository's root on the path, scripts run as a user runs them, and small prepared corpora to share."""
 
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-WORDS = ['river', 'stone', 'cloud', 'garden', 'letter', 'winter', 'market', 'window', 'shadow', 'bridge', 'copper', 'lantern', 'harbour', 'thistle']
+os.environ['OMP_NUM_THREADS'] = '1'  # models this small gain nothing from two
+WORDS = ['river', 'stone', 'cloud', 'garden', 'letter', 'winter', 'market', 'window', 'shadow', 'bridge',
+         'copper', 'lantern', 'harbour', 'thistle']
 
 
 def run(script, *args, check=True, **environment):
-    """Run one of the scripts as a user would, in one thread: models this small gain nothing from two."""
-    done = subprocess.run([sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+    """Run one of the scripts to its end in a process of its own: returncode, stdout, stderr."""
+    done = subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, **environment})
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+FORKS = multiprocessing.get_context('forkserver')  # a process that has imported torch and forks
+FORKS.set_forkserver_preload(['conftest', 'model'])
+
+
+def script_main(script, args, output, environment, before):
+    """Be the script, in a process of FORKS."""
+    for i, path in enumerate(output, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), i)
+    sys.stdout, sys.stderr = (open(i, 'w', buffering=1, closefd=False) for i in (1, 2))
+    os.environ.update(environment)
+    if before:
+        before()
+    os.chdir(ROOT)
+    sys.argv = [script, *args]
+    try:
+        runpy.run_path(script, run_name='__main__')
+    except (Exception, KeyboardInterrupt):
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def start(script, *args, before=None, **environment):
+    """As `run`, without 3 s of imports: .process, .output() of both streams, .end() as run returns."""
+    os.environ['PYTHONPATH'] = f'{ROOT}{os.pathsep}{ROOT}/tests'  # of the process that forks
+    folder = tempfile.mkdtemp()
+    paths = [os.path.join(folder, name) for name in ('stdout', 'stderr')]
+    given = script, list(map(str, args)), paths, environment, before
+    process = FORKS.Process(target=script_main, args=given)
+    process.start()
+
+    def output():
+        return [open(path).read() if os.path.exists(path) else '' for path in paths]
+
+    def end(check=True):
+        process.join(200)
+        assert process.exitcode is not None, f'{script} {args} does not end: {output()}'
+        assert not check or process.exitcode == 0, f'{process.exitcode}: {output()}'
+        return SimpleNamespace(**dict(zip(('stdout', 'stderr'), output())), returncode=process.exitcode)
+    return SimpleNamespace(process=process, output=output, end=end)
 
 
 def free_port():
@@ -46,24 +93,27 @@ def corpus_dir(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp('corpus')
     source = folder / 'docs.jsonl'
     source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
-    run('prepare.py', f'--dataset={source}', f'--data_dir={folder}/data', '--tokenizer=bpe:400', '--val_fraction=0.2',
-        '--shard_tokens=2000', '--num_proc=1')
+    run('prepare.py', f'--dataset={source}', f'--data_dir={folder}/data', '--tokenizer=bpe:400',
+        '--val_fraction=0.2', '--shard_tokens=2000', '--num_proc=1')
     return str(folder / 'data')
 
 
 @pytest.fixture(scope='session')
 def turns_dir(tmp_path_factory):
-    """Prepared data in which each sentence takes turns with one of other words: what comes next has to be learned.
+    """Prepared data in which sentences take turns with those of other words: the next one is to be learned.
 
     A document has one of 12 topics; its even and its odd sentences draw from different words of the topic.
     """
     rng = random.Random(0)
-    words = [''.join(rng.choice('bdfgklmnprstvz') + rng.choice('aeiou') for _ in range(3)) for _ in range(240)]
+    letters = 'bdfgklmnprstvz', 'aeiou'
+    words = [''.join(rng.choice(x) for x in 3 * letters) for _ in range(240)]
     folder = tmp_path_factory.mktemp('turns')
     with open(folder / 'text.txt', 'w') as f:
         for _ in range(400):
-            topic = 20 * rng.randrange(12)
-            f.write(' '.join(' '.join(rng.choices(words[topic + 10 * (i % 2):topic + 10 * (i % 2) + 10], k=6)).capitalize() + '.'
-                             for i in range(12)) + '\n')
-    run('prepare.py', f'--dataset={folder}/text.txt', f'--data_dir={folder}/data', '--tokenizer=bpe:600', '--val_fraction=0.2')
+            first = 20 * rng.randrange(12)
+            halves = words[first:first + 10], words[first + 10:first + 20]
+            sentences = [rng.choices(halves[i % 2], k=6) for i in range(12)]
+            f.write(' '.join(' '.join(s).capitalize() + '.' for s in sentences) + '\n')
+    run('prepare.py', f'--dataset={folder}/text.txt', f'--data_dir={folder}/data', '--tokenizer=bpe:600',
+        '--val_fraction=0.2', '--num_proc=1')
     return str(folder / 'data')

@@ -1,108 +1,104 @@
 """config.override: presets and --name=value, and what a mistake says."""
 
 import ast
-import contextlib
 import os
+import re
+import tempfile
 
 import pytest
 from conftest import ROOT, run
 
-from config import override
+from config import STAGES, override
+
+SCRIPT = '''"""What it does."""
+from config import UserError, override
+other = 3
+# Settings: override them
+rate = 0.1  # a share
+steps = 10
+name = 'a'  # or b
+fast = True
+compile = 'auto'  # or True
+settings = override(globals(), positive=('steps',), shares=('rate',), choices={'name': ('a', 'b')})
+# ---------
+last = 4
+if name == 'b':
+    raise UserError('a mistake\\nof two lines') if fast else RuntimeError('a bug')
+if steps == 7:
+    raise KeyboardInterrupt
+'''
+PATH = os.path.join(tempfile.mkdtemp(), 'script.py')
+with open(PATH, 'w') as f:
+    f.write(SCRIPT)
 
 
-def names():
-    return {'rate': 0.1, 'steps': 10, 'name': 'a', 'fast': True, '_private': 1, '__file__': __file__, 'CONSTANT': 2}
+def names_of(script):
+    """What a script assigns, constants alone, without running it; its file and name."""
+    nodes = [n for n in ast.parse(open(script).read()).body if isinstance(n, ast.Assign)]
+    values = {n.targets[0].id: n.value.value for n in nodes if isinstance(n.value, ast.Constant)}
+    return values | {'__file__': script, '__name__': 'test', '__doc__': 'What it does.'}
 
 
-def test_values_keep_their_types():
-    given = override(names(), ['--rate=1', '--steps=20', '--name=x=y', '--fast=false'])
-    assert given == {'rate': 1.0, 'steps': 20, 'name': 'x=y', 'fast': False}
-    assert type(given['rate']) is float
+def given(*argv):
+    """The settings that SCRIPT would have with these arguments."""
+    names = names_of(PATH)
+    settings = override(names, list(map(str, argv)), ('steps',), ('rate',), {'name': ('a', 'b')})
+    assert {k: names[k] for k in settings} == settings, 'the bare names are the settings'
+    return settings
 
 
-def test_what_is_auto_may_also_be_true_or_false(tmp_path):
-    preset = tmp_path / 'p.py'
-    preset.write_text('compile = False\n')
-    scope = {'compile': 'auto', 'name': 'a', '__file__': __file__}
-    assert override(dict(scope), ['--compile=True'])['compile'] is True
-    assert override(dict(scope), ['--compile=0'])['compile'] is False
-    assert override(dict(scope), [str(preset)])['compile'] is False
-    assert override(dict(scope), [str(preset), '--compile=auto'])['compile'] == 'auto'
-    assert override(dict(scope), ['--name=True'])['name'] == 'True'
+@pytest.mark.parametrize(('argument', 'value'), [
+    ('--rate=0', 0.0), ('--steps=20', 20), ('--steps=1e3', 1000), ('--name=b', 'b'), ('--fast=false', False),
+    ('--fast=0', False), ('--compile=True', True), ('--compile=auto', 'auto'), ('--rate=1e-2', 0.01)])
+def test_values_keep_their_types(argument, value):
+    found = given(argument)[argument[2:].split('=')[0]]
+    assert (type(found), found) == (type(value), value)
 
 
 def test_presets_and_flags_apply_in_order(tmp_path):
     preset = tmp_path / 'p.py'
-    preset.write_text('import math\n_half = 4\nsteps = 2 * _half\nrate = 1\n')
-    scope = names()
-    override(scope, [str(preset), '--rate=3'])
-    assert (scope['steps'], scope['rate'], scope['_private']) == (8, 3.0, 1)
-    assert override(names(), ['--rate=3', str(preset)])['rate'] == 1.0
+    preset.write_text('import math\n_half = 4\nsteps = 2 * _half\nrate = 0\ncompile = False\n')
+    expected = {'rate': 0.3, 'steps': 8, 'name': 'a', 'fast': True, 'compile': False}
+    assert given(preset, '--rate=0.3') == expected
+    assert given('--rate=0.3', preset) == expected | {'rate': 0.0}
 
 
 @pytest.mark.parametrize(('argument', 'says'), [
-    ('--stepz=1', "did you mean 'steps'"), ('--steps=1.5', 'expected int'), ('--fast=maybe', 'expected True or False'),
-    ('steps=1', 'cannot read'), ('missing.py', 'no preset'), ('--zzzzzzzz=1', '--help')])
-def test_mistakes_stop_with_one_line(argument, says):
-    with pytest.raises(SystemExit) as stopped:
-        override(names(), [argument])
-    assert says in str(stopped.value)
-    assert '\n' not in str(stopped.value)
+    ('--stepz=1', "did you mean 'steps'"), ('--zzzzzzzz=1', '--help'), ('--other=1', 'unknown'),
+    ('--last=1', 'unknown'), ('steps=1', 'cannot read'), ('x.py', 'no preset'), ('--fast=maybe', 'or False'),
+    ('--steps=1.5', 'int'), ('--steps=1e-1', 'int'), ('--steps=inf', 'int'), ('--steps=0', 'above 0'),
+    ('--rate=1', 'below 1'), ('--rate=inf', 'below 1'), ('--rate=nan', 'below 1'), ('--rate=-0.1', 'below 1'),
+    ('--name=c', 'one of a, b'), ('stepz = 1', "did you mean 'steps'"), ("steps = '1'", 'int'),
+    ('steps = True', 'int'), ('steps = 1.0', 'int'), ('steps = 0', 'above 0'), ('name = None', 'str'),
+    ('1 +', 'not run'), ("raise OSError('2\\nlines')", '2 lines'), (f'{ROOT}/config/run.py', 'not a preset')])
+def test_mistakes_stop_with_one_line(tmp_path, argument, says):
+    if ' ' in argument:  # a preset is checked alike
+        (tmp_path / 'p.py').write_text(argument + '\n')
+        argument = tmp_path / 'p.py'
+    with pytest.raises(SystemExit, match=f'^(script.py: |config/run.py).*{re.escape(says)}.*$'):
+        given(argument)
 
 
-@pytest.mark.parametrize(('argument', 'says'), [
-    ('--steps=0', '--steps=0: expected 1 or more'), ('--rate=1.5', 'from 0 to 1'), ('--rate=nan', 'from 0 to 1'), ('--rate=1', '')])
-def test_values_out_of_bounds_stop(argument, says):
-    limits = {'steps': (1, float('inf')), 'rate': (0, 1)}
-    if not says:
-        assert override(names(), [argument], limits)['rate'] == 1
-        return
-    with pytest.raises(SystemExit, match=says):
-        override(names(), [argument], limits)
-
-
-@pytest.mark.parametrize(('line', 'says'), [('stepz = 1', "did you mean 'steps'"), ("steps = '1'", 'expected int'),
-                                            ('1 +', 'does not run')])
-def test_a_preset_is_checked_alike(tmp_path, line, says):
-    preset = tmp_path / 'p.py'
-    preset.write_text(line + '\n')
-    with pytest.raises(SystemExit, match=says):
-        override(names(), [str(preset)])
-
-
-def test_a_preset_of_another_stage_is_refused():
-    done = run('train_encoder.py', 'config/decoder_demo.py', check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip() == 'train_encoder.py: config/decoder_demo.py is a preset of train_decoder.py'
-
-
-def defaults(script):
-    """The settings of a script, read without running it."""
-    values = {}
-    for node in ast.parse(open(os.path.join(ROOT, script)).read()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            with contextlib.suppress(ValueError):
-                values[node.targets[0].id] = ast.literal_eval(node.value)
-    return {**values, '__file__': os.path.join(ROOT, script)}
-
-
-STAGES = {'prepare': 'prepare.py', 'encoder': 'train_encoder.py', 'decoder': 'train_decoder.py'}
-PRESETS = sorted(f for f in os.listdir(os.path.join(ROOT, 'config')) if f.endswith('.py') and f != '__init__.py')
-
-
-@pytest.mark.parametrize('preset', PRESETS)
-def test_every_preset_fits_its_stage(preset):
-    scope = defaults(STAGES[preset.split('_')[0]])
-    override(scope, [os.path.join(ROOT, 'config', preset)])
-    if 'n_head' in scope:
-        assert scope['n_embd'] % (2 * scope['n_head']) == 0
-    assert scope['data_dir' if preset.startswith('prepare') else 'out_dir']
+@pytest.mark.parametrize(('arguments', 'code', 'says'), [
+    (['--name=b'], 1, 'script.py: a mistake of two lines\n'), (['--steps=7'], -2, 'script.py: interrupted\n'),
+    (['--steps=0'], 1, 'script.py: .*\n'), (['--name=b', '--fast=0'], 1, 'Traceback[^$]*Error: a bug\n')])
+def test_a_mistake_is_a_line_and_a_bug_a_traceback(arguments, code, says):
+    done = run(PATH, *arguments, check=False, PYTHONPATH=ROOT)
+    assert (done.returncode, done.stdout) == (code, '')
+    assert re.fullmatch(says, done.stderr)
 
 
 @pytest.mark.parametrize('script', [*STAGES.values(), 'evaluate.py'])
-def test_help_shows_every_setting_and_what_it_means(script):
-    done = run(script, '--help')
-    shown = defaults(script)
-    for name in (n for n in shown if n.islower() and not n.startswith('_')):
-        if isinstance(shown[name], bool | int | float | str) and name not in ('step', 'first_step', 'interrupted', 'refused'):
-            assert f'--{name}' in done.stdout, name
+def test_presets_fit_their_stage_and_no_other_and_help_shows_every_setting(script, capsys):
+    for preset in [f for f in os.listdir(f'{ROOT}/config') if re.fullmatch('[a-z]+_.*[.]py', f)]:
+        scope, path = names_of(f'{ROOT}/{script}'), f'{ROOT}/config/{preset}'
+        if STAGES[preset.split('_')[0]] == script:
+            assert override(scope, [path]).get('n_embd', 0) % (2 * scope.get('n_head', 1)) == 0
+        else:
+            with pytest.raises(SystemExit, match=f'{script}: .*{preset} is a preset of'):
+                override(scope, [path])
+    with pytest.raises(SystemExit, match='^0$'):
+        override(names_of(f'{ROOT}/{script}'), ['--help'])
+    section = open(f'{ROOT}/{script}').read().partition('\n# Settings')[2].partition('\n# ---')[0]
+    settings = [x for x in re.findall('^([a-z]\\w*) = ', section, re.M) if x != 'settings']
+    assert re.findall('^  --(\\w+)=.+$', capsys.readouterr().out, re.M) == settings
