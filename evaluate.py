@@ -27,11 +27,10 @@ from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
 from config import UserError, override, write_file
-from config.run import load_checkpoint
 from model import fit_scale, load_decoder, load_encoder, rank_me, worst_ranks
 from prepare import Corpus, clean, split_sentences
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Settings: override with --name=value
 out_dir = 'out/fineweb'  # what the training scripts wrote
 data_dir = ''  # what prepare.py wrote; '': what the encoder was trained on
@@ -59,9 +58,8 @@ HORIZON = 8  # sentences that predictions are fed back for
 MAX_ROLLOUTS = 200  # windows that this is done from
 LESS = 'model less this'  # column of the paired differences
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Pairs: which sentences are predicted, and from which
-
 
 class Pairs:
     """(window, next sentence) pairs from documents in one random order, at most per_document of each.
@@ -103,25 +101,21 @@ class Pairs:
             row[:len(drawn)] = drawn
         return out
 
-
 def partners(document, rng):
     """For each of the items of `document` (n,), the index of an item of another document, at random."""
     return np.array([rng.choice(np.flatnonzero(document != d)) for d in document])
-
 
 def spread(n, most):
     """At most `most` of n indices, evenly spaced with both ends, so never of one document only."""
     return np.unique(np.linspace(0, n - 1, max(most, 2)).astype(int))
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Measures on arrays
 
 @lru_cache
 def resamples(n):
     """How often each of n documents is in each of 1,000 bootstrap samples: (1001, n), the first row ones."""
     return np.vstack((np.ones(n), np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 1000)))
-
 
 def draws(values, document, weights=None):
     """sum(values) / sum(weights) over the items (n,), then in each bootstrap sample of documents: (1001,).
@@ -133,7 +127,6 @@ def draws(values, document, weights=None):
     top, bottom = (resamples(number.max() + 1) @ np.bincount(number, v) for v in (values, weights))
     return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 1e-6)
 
-
 def spearman(a, b):
     """Spearman's correlation x 100 of a and b (n,), average ranks for ties, as draws; 0 of a constant.
 
@@ -143,22 +136,18 @@ def spearman(a, b):
     x, y = (v / max(v.std(), 1e-9) for v in (x, y))
     return draws(200 * x * y, np.arange(len(a)), x * x + y * y)  # samples differ in their variances too
 
-
 def unit(x):
     """x (..., d) at length 1, float32; a zero vector stays zero."""
     return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
-
 
 def cosine(a, b):
     """Cosines (n,) of the rows of a and b (n, d)."""
     return (unit(a) * unit(b)).sum(1)
 
-
 def skill(p, z, mean, document):
     """Draws of 1 - sum |p - z|^2 / sum |mean - z|^2: the share of z's variance (n, d) that p explains."""
     size = ((mean - z) ** 2).sum(1)
     return draws(size - ((p - z) ** 2).sum(1), document, size)
-
 
 def retrieved(similar, target, candidates, document):
     """Cells of how target[i] ranks among candidates[i] (n, m) by similar(rows) (len(rows), N).
@@ -173,11 +162,9 @@ def retrieved(similar, target, candidates, document):
     ranks = torch.cat(ranks).numpy()
     return {'MRR': draws(1 / ranks, document)} | {f'R@{k}': draws(ranks <= k, document) for k in (1, 10)}
 
-
 def token_sums(table, sequences):
     """Sums of the rows of table (V, d) over each sequence's tokens, at length 1: (n, d)."""
     return unit(np.stack([table[s].sum(0) for s in sequences]))
-
 
 def fit_ridge(x, y, document):
     """Ridge regression of y on x (n, d) as a function; its penalty predicts held-out documents best."""
@@ -185,13 +172,11 @@ def fit_ridge(x, y, document):
     search = RidgeCV(size * np.array((0.1, 1, 10, 100)), cv=[*folds.split(x, y, document)])
     return search.fit(x, y).predict
 
-
 def repeats(texts, owner):
     """Cell of the share of bigrams that stood in the same text before."""
     pairs = [list(pairwise(re.findall(r'\w+', t.lower()))) for t in texts]
     many, few = ([len(kind(p)) for p in pairs] for kind in (list, set))
     return {'repeated bigrams': draws(np.subtract(many, few), owner, many)}
-
 
 def text_scores(s, texts, truth, z, owner):
     """Cells of texts beside the truth, both (n,), whose concepts are z (n, d).
@@ -210,12 +195,10 @@ def text_scores(s, texts, truth, z, owner):
         cells['judge'] = draws(cosine(s.judge(texts), s.judge(truth)), owner)
     return cells | repeats(texts, owner)
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Files and models from outside
 
 SENTENCES = {'sentence1', 'sentence2', 's1', 's2', 'sentence_a', 'sentence_b'}  # names in STS files' headers
-
 
 def read_sts(path):
     """(score, sentence, sentence) rows of a .csv or .tsv file. Raises UserError that names the line.
@@ -249,7 +232,6 @@ def read_sts(path):
         pairs.append((float(score), *map(clean, sentences)))
     return pairs
 
-
 def sts_files(names):
     """{name: rows} of the setting `sts`."""
     if names != 'hub':
@@ -262,7 +244,6 @@ def sts_files(names):
     return {name: list(zip(*(splits[name][c] for c in ('score', 'sentence1', 'sentence2'))))
             for name in ('validation', 'test')}
 
-
 def judge_encoder(name):
     """Function of a list of str to vectors (n, d) of a sentence-transformers model; None without a name."""
     if not name:
@@ -272,7 +253,6 @@ def judge_encoder(name):
         return SentenceTransformer(os.path.expanduser(name), device='cpu').encode
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f'cannot load --judge={name}, a folder of sentence-transformers: {error}') from None
-
 
 def load(path, folder):
     """{'model', 'step 0' if it was kept: (encoder, decoder or None)}, and a language model or None.
@@ -291,8 +271,7 @@ def load(path, folder):
             models[name] = encoder, None
     return {k: v for k, v in models.items() if v[0]}, beside('language_model', load_decoder, 'language_model')
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # What all parts read
 
 class Space:
@@ -321,11 +300,9 @@ class Space:
             return self.encoder.roll(z, x.windows)
         return self.encoder.predict_windows(x.sentences, x.windows, batch_size)
 
-
 def window_means(x, z):
     """Mean (n, d) of the rows of z in each window of x."""
     return np.stack([z[a:b].mean(0) for a, b in x.windows])
-
 
 class Study:
     """What all parts read: spaces {name: Space}; predicted {name: (space, p (n, d))}, model and baselines."""
@@ -353,8 +330,7 @@ class Study:
         """What the model's decoder writes of concepts (n, d): (n,) of str."""
         return np.array(self.model.decoder.generate(concepts, max_tokens=max_new_tokens), object)
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The parts of the evaluation: each takes a Study and returns {section: {row: {column: cell}}}
 
 def information(s):
@@ -386,7 +362,6 @@ def information(s):
             for name, n in costs.items()}
     return out
 
-
 def similarity(s):
     """Skill, and cosines with the truth, another sentence of its document and one of another document."""
     rows, x, near = {}, s.x, s.near[:, 0]
@@ -397,7 +372,6 @@ def similarity(s):
                       'in document': draws(cosine(p, space.z[near]), x.owner, near != x.target),
                       'unrelated': draws(cosine(p, space.truth[x.partner]), x.owner)}
     return {'feature similarity': rows}
-
 
 def retrieval(s):
     """Where the true next sentence ranks in its document, and among one sentence of each other document."""
@@ -418,7 +392,6 @@ def retrieval(s):
                                    for name, by in similar.items()}
             for where, candidates in (('in document', s.near), ('corpus', corpus))}
 
-
 @torch.inference_mode()
 def geometry(s):
     """How concepts fill their space, and what the order of a sentence's tokens changes."""
@@ -436,7 +409,6 @@ def geometry(s):
                       'cosine of random pairs': float(cosine(z, s.rng.permutation(z)).mean()),
                       'order sensitivity': 1 - float(cosine(z[:300], again).mean())}
     return {'geometry': rows | {'Gaussian': {'RankMe': rank(unit(s.rng.standard_normal(z.shape)))}}}
-
 
 def text(s):
     """What the decoder writes of a sentence's own concept (reconstruct) and the predicted one (predict)."""
@@ -457,7 +429,6 @@ def text(s):
                 out[f'text, {kind}{title}'] = rows | {'references': repeats(truth[kept], owner[kept])}
     return out
 
-
 def sentence_pairs(s):
     """Spearman x 100 of the cosine of two sentences with the human score."""
     tokenize, n, rows = s.tokenizer.encode_batch, s.tokenizer.n_vocab, {}
@@ -475,7 +446,6 @@ def sentence_pairs(s):
             b = s.rng.permutation(b) if name == 'shuffled pairs' else b
             rows.setdefault(name, {})[file] = spearman(cosine(a, b), human)
     return {'STS, Spearman x 100': rows} if rows else {}
-
 
 def rollouts(s):
     """Predictions fed back as concepts, beside the last sentence read; the farthest, the headline, first.
@@ -500,11 +470,10 @@ def rollouts(s):
                           f'MRR, {h + 1} ahead': by['MRR']} | rows[name]
     return {'rollout': rows}
 
-
 PARTS = {  # and their shares of the time, %; the rest is spent on concepts
     information: 15, similarity: 1, retrieval: 6, geometry: 6, text: 14, sentence_pairs: 8, rollouts: 2}
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Report
 
 NOTES = """
@@ -524,11 +493,9 @@ of the first column, and *level* means that its interval holds 0.
   76.9 (test).
 """
 
-
 def interval(cell):
     """[value, low, high], at 95 %, of draws."""
     return [cell[0], *np.quantile(cell[1:], (0.025, 0.975))]
-
 
 def number(cell):
     """A cell as text, with half of its interval."""
@@ -537,7 +504,6 @@ def number(cell):
     value, low, high = interval(cell)
     return f'{value:.3g} ± {(high - low) / 2:.2g}'
 
-
 def compare(sections):
     """Add the column LESS: by how much the first column of the model is ahead of the row's, paired."""
     for rows in sections.values():
@@ -545,7 +511,6 @@ def compare(sections):
         for name, row in rows.items():
             if name != 'model' and isinstance(row.get(first), np.ndarray):
                 row[LESS] = rows['model'][first] - row[first]
-
 
 def summary(sections):
     """What the model is ahead of, level with and behind; what training added; signs of collapse: lines."""
@@ -569,7 +534,6 @@ def summary(sections):
     return [*lines, f'Training added to step 0: {"; ".join(added) or "unknown, without encoder_init.pt"}',
             f'Signs of collapse: {"; ".join(sign for sign, seen in signs.items() if seen) or "none"}']
 
-
 def markdown(sections):
     """Lines of all tables."""
     lines = []
@@ -582,11 +546,9 @@ def markdown(sections):
         lines.append('')
     return lines
 
-
 def shown(text):
     """Text for a terminal: control bytes, which a decoder can write, replaced."""
     return re.sub(r'[\x00-\x1f\x7f-\x9f]', '\ufffd', clean(text))
-
 
 def samples(s):
     """Sentences, their reconstructions, the next ones as predicted and in truth: a list of {what: text}."""
@@ -596,10 +558,8 @@ def samples(s):
                'predicted next': s.write(s.model.p['model'][some]), 'true next': s.text(target)}
     return [dict(zip(columns, map(shown, row))) for row in zip(*columns.values())]
 
-
 CURVES = [('metrics.csv', 'val_skill', 'train_skill', 'val_copy_skill', 'val_window_skill'),
           ('metrics_decoder.csv', 'val_loss', 'val_shuffled', 'val_unconditional')]
-
 
 def picture(folder, sections):
     """Draw report.png: retrieval with 95 % intervals, and how training went."""
@@ -620,7 +580,6 @@ def picture(folder, sections):
         axis.set(title=f'{file}, by step')
     figure.savefig(os.path.join(folder, 'report.png'))
 
-
 def report(folder, s, sections, shows):
     """Write report.md, report.png and metrics.json; returns the summary's lines."""
     compare(sections)
@@ -639,8 +598,7 @@ def report(folder, s, sections, shows):
         raise UserError(f'cannot write to {folder}: {error.strerror or error}') from None
     return lines
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # A prompt's answer, or the evaluation
 
 def answer(encoder, decoder, val):
@@ -669,14 +627,13 @@ def answer(encoder, decoder, val):
             z = encoder.predict_next(story[-eval_context:])
             story.append(look(f'sample {n + 1}, next sentence {step + 1}', z, seed + n * steps + step))
 
-
 def main():
     """Answer the prompt, or evaluate."""
     folder, sections = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir), {}
     models, language_model = load(out_dir, folder)
     encoder, decoder = models['model']
     train, val = (Corpus(data_dir or encoder.settings['data_dir'], split) for split in ('train', 'val'))
-    if val.meta['tokenizer']['sha256'] != load_checkpoint(out_dir, 'encoder')['tokenizer']['sha256']:
+    if val.meta['tokenizer']['sha256'] != encoder.tokenizer.spec['sha256']:
         raise UserError(f'the data have another tokenizer than {out_dir} was trained with: give --data_dir')
     if prompt:
         return answer(encoder, decoder, val)
@@ -692,7 +649,6 @@ def main():
     for row in shows[:3]:
         print(*(f'{k}: {v}' for k, v in row.items()), '', sep='\n')
     print(*lines, f'{os.path.join(folder, "report.md")} has all tables and samples', sep='\n')
-
 
 if __name__ == '__main__':
     settings = override(globals(), positive=(

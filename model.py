@@ -21,7 +21,7 @@ import copy
 import inspect
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,19 +59,15 @@ def build_mask(group, causal=False, order=None, path='mask'):
             return compiled_block_mask(seen, B, None, T, T, device=group.device)
     return seen(b, 0, t[None, :, None], t[None, None, :])[:, None]
 
-
 compiled_block_mask = torch.compile(create_block_mask)
-
 
 def document_of(sentence, document):
     """The document (B, T) of each token, -1 for padding, of sentence (B, T) and document (B, S)."""
     return torch.where(sentence < 0, -1, document.gather(1, sentence.clamp(min=0)))
 
-
 def pairs(document):
     """Boolean (B, S - 1): sentence i + 1 follows sentence i in the same document, of document (B, S)."""
     return (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
-
 
 def attention_path(device_type, compiled, hf=False):
     """How masks are best built: 'flex' on CUDA, compiled; 'spans' on a CPU, not compiled; or 'mask'.
@@ -82,7 +78,6 @@ def attention_path(device_type, compiled, hf=False):
     if device_type == 'cuda' and compiled and not hf and torch.cuda.get_device_capability() >= (8, 0):
         return 'flex'
     return 'spans' if device_type == 'cpu' and not compiled and not hf else 'mask'
-
 
 class Spans:
     """In a mask's place: each position attends within its run of equal `group` (B, T), both ways or causally.
@@ -124,7 +119,6 @@ class Spans:
             out.append((score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(n * w, -1))
         return (torch.cat(out).index_select(0, self.position) * self.used).view(B, T, -1)
 
-
 # ----------------------------------------------------------------------------------------------------
 # Transformer: pre-norm, rotary positions, RMSNorm, no biases. Encoder, predictor and decoder are made of it.
 
@@ -134,12 +128,10 @@ def rotary(positions, dim, base=10_000.0):
     angle = positions.float()[:, None] * rate
     return angle.cos(), angle.sin()
 
-
 def rotate(x, cos, sin):
     """Turn the halves of each head of x (B, H, T, dim) by the angles of its positions; computed in fp32."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
-
 
 class Block(nn.Module):
     """Attention and a feed-forward layer of 4 D with GELU, each on a normalised copy of the residual stream.
@@ -186,7 +178,6 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return y.transpose(1, 2).reshape(B, T, D // 3)
 
-
 class Transformer(nn.ModuleList):
     """n_layer Blocks and their rotary positions; arguments as of Block."""
 
@@ -200,7 +191,6 @@ class Transformer(nn.ModuleList):
         for i, block in enumerate(self):
             x = block(x, rope, mask, caches and (*caches[i], start))
         return x
-
 
 class Encoder(nn.Module):
     """Tokens to states. Attention is set by the mask, so both views share the weights.
@@ -218,7 +208,6 @@ class Encoder(nn.Module):
     def forward(self, tokens, mask):
         """tokens (B, T), mask as build_mask gives it -> states (B, T, D)."""
         return self.norm(self.blocks(self.embedding(tokens), mask))
-
 
 class HFEncoder(nn.Module):
     """A model of `transformers` in Encoder's place, from its configuration as json: same call, own positions.
@@ -273,7 +262,6 @@ class HFEncoder(nn.Module):
             mask = {'full_attention': mask, 'sliding_attention': mask & near}
         return self.net(input_ids=tokens, attention_mask=mask, position_ids=position).last_hidden_state
 
-
 def pretrained(name, tokenizer):
     """(entries of JEPAConfig, weights for HFEncoder.net) of the `transformers` model of that name or folder,
     fp32.
@@ -299,7 +287,6 @@ def pretrained(name, tokenizer):
                'n_head': config.num_attention_heads, 'n_embd': config.hidden_size}
     return entries, {k: v for k, v in net.state_dict().items() if not k.startswith('pooler.')}
 
-
 # ----------------------------------------------------------------------------------------------------
 # Sentence means and the space of concepts
 
@@ -313,7 +300,6 @@ def sif_weights(counts, a=1e-3):
     weights = a / (a + frequency)
     return weights / (weights * frequency).sum()
 
-
 def sentence_mean(h, weights, sentence, n_sentences):
     """Weighted sum of states h (B, T, D), weights (B, T), over each sentence's tokens, by their number: (B,
     S, D).
@@ -325,7 +311,6 @@ def sentence_mean(h, weights, sentence, n_sentences):
     member = (sentence[:, None, :] == ids[None, :, None]).float()  # (B, S, T)
     with torch.autocast(h.device.type, enabled=False):
         return ((member * weights[:, None]) @ h.float()) / member.sum(-1, keepdim=True).clamp(min=1)
-
 
 class Whitening(nn.Module):
     """Running mean and covariance of the targets' sentence means, and W = C^-1/2.
@@ -394,7 +379,6 @@ class Whitening(nn.Module):
         self.update(total)
         self.refresh()
 
-
 @torch.no_grad()
 def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x: x):
     """Token embeddings (V, dim) to start from, of length sqrt(dim): each points to the sentences around its
@@ -431,7 +415,6 @@ def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x
         table = unit((1 - own) * unit(all_sum(total)) + own * random) * dim ** 0.5
     return table
 
-
 # ----------------------------------------------------------------------------------------------------
 # Predictor and training step
 
@@ -460,7 +443,6 @@ class Predictor(nn.Module):
         mask = torch.where(seen, -self.slope[:, None, None] * distance, -torch.inf)  # (B, H, S, S)
         return self.blocks(concepts * concepts.shape[-1] ** 0.5, mask).float()
 
-
 @dataclass
 class JEPAConfig:
     """Architecture of encoder and predictor; saved in the checkpoint."""
@@ -473,7 +455,6 @@ class JEPAConfig:
     context: str = 'concepts'
     fade: float = 0.4  # of the predictor's attention at first, a sentence
     hf: str = ''  # configuration, as json, of a transformers model in the encoder's place
-
 
 class JEPA(nn.Module):
     """Encoder, its exponential moving average (the target), whitening and predictor."""
@@ -542,7 +523,6 @@ class JEPA(nn.Module):
         tensors = [*self.target.parameters(), self.whitening.mean, self.whitening.W]
         return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
 
-
 # ----------------------------------------------------------------------------------------------------
 # Objectives: what training minimises. One switch each, compared in tests/ablate.py.
 
@@ -561,7 +541,6 @@ class Objective:
         with torch.autocast(x.device.type, enabled=False):
             return self.reg_weight * (vicreg if self.reg == 'vicreg' else sigreg)(x, used)
 
-
 def pair_loss(p, concepts, document, loss):
     """Loss (B, S - 1), fp32, of predictions p[i] and concepts[i + 1], both (B, S, D); document (B, S).
 
@@ -575,7 +554,6 @@ def pair_loss(p, concepts, document, loss):
         if loss == 'mse':
             return F.mse_loss(0.1 * p, z * z.shape[-1] ** 0.5, reduction='none').mean(-1)
         return 1 - (unit(p) * z).sum(-1)
-
 
 def infonce(p, concepts, document, temperature=0.1):
     """Cross-entropy (B, S - 1) of telling concepts[i + 1] by p[i] from the batch's others (arXiv:1807.03748).
@@ -591,12 +569,10 @@ def infonce(p, concepts, document, temperature=0.1):
     logits = logits.masked_fill(left_out, -1e4)  # finite: where all are left out the gradient is 0, not NaN
     return F.cross_entropy(logits, index[:, 1:].flatten(), reduction='none').view(B, S - 1)
 
-
 def over_ranks(x):
     """x summed over ranks, with gradient: a statistic of all ranks is every rank's."""
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.nn.functional.all_reduce(x) if many else x
-
 
 def vicreg(x, used):
     """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the used rows of x
@@ -611,7 +587,6 @@ def vicreg(x, used):
     cov = over_ranks(x.T @ x) / (n - 1).clamp(min=1)
     spread = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
     return spread + (cov - cov.diagonal().diag()).square().sum() / len(cov) / 25
-
 
 def sigreg(x, used, directions=256, points=17, reach=5.0):
     """Sketched isotropic Gaussian regularisation (Balestriero & LeCun 2025, arXiv:2511.08544) of x (N, D).
@@ -628,7 +603,6 @@ def sigreg(x, used, directions=256, points=17, reach=5.0):
     real, imaginary = (over_ranks((f(angle) * used).sum(0)) / n for f in (torch.cos, torch.sin))
     gauss = torch.exp(-t.square() / 2)
     return n * torch.trapezoid(((real - gauss).square() + imaginary.square()) * gauss, t).mean()
-
 
 # ----------------------------------------------------------------------------------------------------
 # Optimizer groups; measures of a concept space that training prints too (evaluate.py has the others)
@@ -649,16 +623,13 @@ def optimizer_groups(model, weight_decay, embedding_scale=1.0, predictor_scale=1
     return [{'params': part, 'weight_decay': weight_decay * decays, 'decays': decays, 'scale': scale}
             for (scale, decays), part in groups.items()]
 
-
 def unit(x):
     """x (..., D) in fp32 at length 1; a zero vector stays zero."""
     return F.normalize(x.float(), dim=-1, eps=1e-12)
 
-
 def fit_scale(p, z):
     """The scalar a that minimises sum |a p - z|^2 over rows of p, z (n, D), tensors or arrays."""
     return (p * z).sum() / ((p * p).sum() + 1e-12)
-
 
 def skill(p, z, mean):
     """1 - sum |p - z|^2 / sum |mean - z|^2 for p and unit-norm z (n, D) and the train targets' mean (D,).
@@ -668,7 +639,6 @@ def skill(p, z, mean):
     """
     error, base = (p - z).square().sum(), (mean - z).square().sum()
     return (1 - error / base).item() if base > 1e-9 * len(z) else 0.0  # no variance: nothing explained
-
 
 def worst_ranks(similar, true, allowed):
     """Ranks (n,) from 1 of column true[i] among the allowed columns of similar (n, m); ties take the worst
@@ -681,14 +651,12 @@ def worst_ranks(similar, true, allowed):
     beats.scatter_(1, true[:, None], False)
     return 1 + beats.sum(1)
 
-
 def rank_me(x):
     """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of the entropy of the singular
     values."""
     s = torch.linalg.eigvalsh(x.double().T @ x.double()).clamp(min=0).sqrt()
     p = s / s.sum()
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item() if s.sum() > 1e-6 else 1.0
-
 
 # ----------------------------------------------------------------------------------------------------
 # The decoder: a causal transformer writes the sentence after a few prefix positions made of the concept.
@@ -706,19 +674,16 @@ class DecoderConfig:
     n_prefix: int = 2
     dropout: float = 0.0
 
-
 def place_in_sentence(sentence):
     """Place (B, T), from 0, of each position in its sentence, of sentence (B, T)."""
     place = torch.arange(sentence.shape[1], device=sentence.device).expand_as(sentence)
     first = F.pad(sentence[:, 1:] != sentence[:, :-1], (1, 0), value=True)
     return place - torch.where(first, place, 0).cummax(1).values
 
-
 def at_positions(x, index):
     """x[b, index[b, t]] of x (B, N, D) and index (B, T): (B, T, D)."""
     row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + row).flatten()).unflatten(0, index.shape)
-
 
 class HeadCrossEntropy(torch.autograd.Function):
     """Sum of counted (N,) times the cross-entropy in nats of target (N,) given what the head (V, D) reads, x
@@ -759,7 +724,6 @@ class HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient):
         gx, gh = ctx.saved_tensors
         return gx * gradient, gh * gradient, None, None, None
-
 
 class Decoder(nn.Module):
     """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a
@@ -874,7 +838,6 @@ class Decoder(nn.Module):
             emitted_sum, x = emitted_sum + self.token_vectors(token), self.embedding(token)[:, None]
         return out
 
-
 def sample(logits, temperature, top_k, top_p, generator=None):
     """One token id a row of logits (n, V); see Decoder.generate."""
     if temperature < 1e-6:  # or what fp32 cannot divide by
@@ -889,14 +852,12 @@ def sample(logits, temperature, top_k, top_p, generator=None):
         logits = logits.scatter(-1, index, value.masked_fill(out, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
-
 # ----------------------------------------------------------------------------------------------------
 # What other programs use: text in, arrays or text out
 
 def is_sequence(x):
     """Whether x holds items to go through: no text, no record, no data frame, which gives its columns."""
     return isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping)) and not hasattr(x, 'columns')
-
 
 def as_texts(given, name):
     """A list of str from a str, any iterable of str, or {'text': str or list} as MTEB and datasets give it.
@@ -916,7 +877,6 @@ def as_texts(given, name):
         texts += as_texts(item, f'{name}[{i}]')
     return texts
 
-
 def rows_by_length(sequences, batch_size):
     """Batches of sequences of similar length: yields (indices (n,), padded ids (n, T), lengths (n,))."""
     if batch_size < 1:
@@ -928,7 +888,6 @@ def rows_by_length(sequences, batch_size):
         for row, i in enumerate(index):
             ids[row, :lengths[i]] = sequences[i]
         yield index, ids, lengths[index]
-
 
 def packed(documents, batch_size, prefix=0):
     """Rows of whole documents, lists of id arrays: yields (indices, tokens (n, T), sentence (n, T), document
@@ -945,7 +904,6 @@ def packed(documents, batch_size, prefix=0):
             number = np.repeat(np.arange(len(documents[i])), [prefix + len(s) for s in documents[i]])
             sentence[row, :len(number)], document[row, :len(documents[i])] = number, row
         yield index, torch.from_numpy(ids), torch.from_numpy(sentence), torch.from_numpy(document)
-
 
 class SentenceEncoder:
     """Sentences to concepts, and windows of sentences to the concept expected next. From load_encoder."""
@@ -1076,12 +1034,12 @@ class SentenceEncoder:
         too.
         """
         torch.manual_seed(seed)
-        jepa = JEPA(self.model.config)
+        config = self.model.config
+        jepa = JEPA(config if config.hf else replace(config, n_layer=0))  # layers start as the identity
         jepa.token_weight.copy_(self.model.token_weight)
         out = SentenceEncoder(jepa, self.tokenizer, self.device, self.dtype)
         jepa.whitening.fit((z, torch.ones_like(z[..., 0], dtype=torch.bool)) for _, z in out.means(sequences))
         return out
-
 
 class ConceptDecoder:
     """Concepts to sentences. From load_decoder."""
@@ -1140,7 +1098,6 @@ class ConceptDecoder:
             out[index] = loss.double().sum(1).cpu().numpy()
         return out
 
-
 def load_encoder(path, device='auto', dtype='float32') -> SentenceEncoder:
     """The encoder saved at `path`, a file or an out_dir. Raises UserError where there is none, or no such
     device."""
@@ -1150,7 +1107,6 @@ def load_encoder(path, device='auto', dtype='float32') -> SentenceEncoder:
     encoder = SentenceEncoder(jepa, load_tokenizer(state['tokenizer']), device, dtype)
     encoder.settings, encoder.step, encoder.fingerprint = state['settings'], state['step'], jepa.fingerprint()
     return encoder
-
 
 def load_decoder(path, device='auto', dtype='float32', kind='decoder') -> ConceptDecoder:
     """The decoder, or the `kind` 'language_model', saved at `path`, a file or an out_dir. Raises

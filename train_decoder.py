@@ -133,7 +133,6 @@ run.say(f'{n_params / 1e6:.1f}M parameters, {run.steps_per_epoch:,.0f} steps an 
 # ----------------------------------------------------------------------------------------------------
 # A batch's concepts, and what a validation batch costs with and without them
 
-
 @torch.no_grad()
 def inputs(tokens, sentence, document):
     """The decoder's mask and the concepts (B, S, concept_dim) of a batch; zeros for a language model."""
@@ -146,7 +145,6 @@ def inputs(tokens, sentence, document):
     with run.autocast:
         concepts = jepa.whitening(targets(tokens, words, document, own))
     return lib.build_mask(sentence, causal=True, path=attention), concepts
-
 
 def blurred(concepts):
     """Concepts (B, S, D) as training gives them: with a little noise, or, a share concept_dropout, none:
@@ -161,7 +159,6 @@ def blurred(concepts):
     share = torch.where(confidence < 1, (1 - confidence.square()).sqrt(), concept_noise)
     mixed = confidence * lib.unit(confidence * concepts + share * noise)
     return torch.where(draw[0] >= 1 - concept_dropout, 0.0, mixed)
-
 
 @torch.no_grad()
 def evaluate():
@@ -185,12 +182,10 @@ def evaluate():
     return {'val_loss': given, 'val_shuffled': shuffled, 'val_unconditional': none,
             'val_information': none - given}
 
-
 def checkpoint():
     """The weights, and what is needed to use them."""
     return {'kind': kind, 'config': asdict(model.config), 'model': model.state_dict(),
             'tokenizer': train_data.meta['tokenizer'], 'fingerprint': jepa.fingerprint()}
-
 
 # ----------------------------------------------------------------------------------------------------
 # Loop
@@ -227,10 +222,11 @@ while True:
         tokens, sentence, document = run.to_device(batch)
         mask, concepts = inputs(tokens, sentence, document)
         concepts = concepts if language_model else blurred(concepts)
-        last = run.world_size == 1 or i == len(batches) - 1  # DDP sums the gradients once a step
-        with nullcontext() if last else forward.no_sync(), run.autocast:
-            part = forward(tokens, sentence, concepts, mask) / n_tokens
-        (part * run.world_size).backward()  # DDP averages over ranks, and n_tokens counts all of them
+        last = run.world_size == 1 or i == len(batches) - 1
+        with nullcontext() if last else forward.no_sync():  # DDP sums the gradients once a step
+            with run.autocast:
+                part = forward(tokens, sentence, concepts, mask) / n_tokens
+            (part * run.world_size).backward()  # DDP averages over ranks, and n_tokens counts all of them
         total += part.detach()
 
     # clipping, optimizer

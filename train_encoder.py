@@ -161,20 +161,17 @@ run.say(f'{n_params / 1e6:.1f}M parameters, {train_data.n_tokens / 1e6:.1f}M tok
 # ----------------------------------------------------------------------------------------------------
 # The start: token embeddings from the sentences around them, and the whitened space, before the first step
 
-
 def first_batches():
     """This rank's batches of the first steps: one pass over start_tokens, or all there are."""
     n = math.ceil(min(start_tokens / block_size / rows_a_step, run.steps_per_epoch))
     for i in tqdm(range(max(n, 1)), 'start', leave=False, disable=run.rank > 0 or not sys.stderr.isatty()):
         yield from map(run.to_device, run.micro_batches(train_data, i, rows))
 
-
 def sentence_means(tokens, sentence, document):
     """The target's sentence means and which of them are sentences."""
     own, _ = model.masks(sentence, document, attention)
     with run.autocast:
         return targets(tokens, sentence, document, own), document >= 0
-
 
 if not run.step and start_passes and not model.config.hf:
     began, n_start = time.time(), min(start_tokens, train_data.n_tokens)
@@ -209,7 +206,6 @@ def neighbours(corpus, n):
                       document[row, place], place))
     return [torch.cat(x) for x in zip(*parts)]
 
-
 def reciprocal_ranks(p, z, document, place):
     """Mean reciprocal rank of z[i] given p[i] among other documents' z, and among its own document's outside
     the window of 8 sentences before; chance of the latter. On at most 1,000 pairs spread evenly."""
@@ -221,7 +217,6 @@ def reciprocal_ranks(p, z, document, place):
     n = 1 + inside.sum(1)
     return [(1 / lib.worst_ranks(similar, query, allowed).float()).mean() for allowed in (~same, inside)] + \
         [(harmonic[n - 1] / n).mean()]
-
 
 def evaluate():
     """Validation measures as a dict of floats, the same on all ranks; the prediction's scale is fitted on the
@@ -246,7 +241,6 @@ def evaluate():
     model.train()
     return dict(zip(values, (run.all_sum(total) / run.world_size).tolist()))
 
-
 def describe(v):
     """What an evaluation found, and what looks like collapse, in words."""
     signs = {f"predictions point at unrelated sentences too (cosine {v['val_cos_unrelated']:.2f})":
@@ -260,12 +254,10 @@ def describe(v):
             'rank {val_rank:.0f}'
             .format(**v) + f'/{n_embd}' + (f' | this looks like collapse: {seen}' if seen else ''))
 
-
 def checkpoint():
     """The weights, and what is needed to use them."""
     return {'kind': 'encoder', 'config': asdict(model.config), 'model': model.state_dict(),
             'tokenizer': train_data.meta['tokenizer']}
-
 
 # ----------------------------------------------------------------------------------------------------
 # Loop
@@ -300,14 +292,14 @@ while True:
     total, moments = torch.zeros((), device=run.device), 0
     for i, batch in enumerate(batches):
         tokens, sentence, document = run.to_device(batch)
-        used = document >= 0
-        last = run.world_size == 1 or i == len(batches) - 1  # DDP sums the gradients once a step
-        with nullcontext() if last else forward.no_sync(), run.autocast:
-            own, mask = model.masks(sentence, document, attention)
-            z = targets(tokens, sentence, document, own)  # (B, S, D)
-            concepts = model.whitening(z, used if whiten else None)
-            part = forward(tokens, sentence, document, concepts, mask) / max(n_pairs, 1)
-        (part * run.world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
+        used, last = document >= 0, run.world_size == 1 or i == len(batches) - 1
+        with nullcontext() if last else forward.no_sync():  # DDP sums the gradients once a step
+            with run.autocast:
+                own, mask = model.masks(sentence, document, attention)
+                z = targets(tokens, sentence, document, own)  # (B, S, D)
+                concepts = model.whitening(z, used if whiten else None)
+                part = forward(tokens, sentence, document, concepts, mask) / max(n_pairs, 1)
+            (part * run.world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
         total += part.detach()
         moments = moments + model.whitening.moments(z, used)
 

@@ -18,10 +18,8 @@ TYPES, BOOLS = (bool, int, float, str), {'true': True, 'false': False, '1': True
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG)
 STAGES = {'prepare': 'prepare.py', 'encoder': 'train_encoder.py', 'decoder': 'train_decoder.py'}  # of presets
 
-
 class UserError(ValueError):
     """A user's mistake: printed as one line, without a traceback."""
-
 
 def override(names: dict, argv: list[str] | None = None, positive=(), shares=(), choices=None) -> dict:
     """Override the settings in `names` (a script's globals()) and return them all as a dict that json can
@@ -69,7 +67,6 @@ def override(names: dict, argv: list[str] | None = None, positive=(), shares=(),
     names.update(settings)
     return settings
 
-
 def print_error(script, kind, error, trace):
     """sys.excepthook of the scripts: a mistake, or a full disk, is one line; a bug shows its traceback."""
     if issubclass(kind, KeyboardInterrupt):
@@ -80,7 +77,6 @@ def print_error(script, kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
 
-
 def known(name: str, settings: dict):
     """The value of setting `name`; UserError with the nearest known name where there is none."""
     if name not in settings:
@@ -88,7 +84,6 @@ def known(name: str, settings: dict):
         hint = f"did you mean '{near[0]}'?" if near else '--help lists them all'
         raise UserError(f"unknown setting '{name}': {hint}")
     return settings[name]
-
 
 def from_text(name: str, text: str, default):
     """What --name=text means, of the default's type; 'auto' may also be True or False, and 1e3 an int."""
@@ -101,7 +96,6 @@ def from_text(name: str, text: str, default):
     except (KeyError, ValueError, OverflowError):
         expected = 'True or False' if kind is bool else kind.__name__
         raise UserError(f'--{name}={text}: expected {expected}') from None
-
 
 def from_preset(path: str, settings: dict) -> dict:
     """The settings that the Python file at `path` assigns."""
@@ -121,7 +115,6 @@ def from_preset(path: str, settings: dict) -> dict:
             raise UserError(f'{path}: {name} = {value!r}: expected {type(default).__name__}')
     return given
 
-
 def ranks() -> tuple[int, int, int]:
     """(rank, world size, rank on this machine) that torchrun gave; (0, 1, 0) alone. UserError on half a
     set."""
@@ -130,7 +123,6 @@ def ranks() -> tuple[int, int, int]:
     if 0 < len(missing) < 3:
         raise UserError(f"of torchrun's variables {' and '.join(missing)} are not set: set all, or none")
     return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names)
-
 
 def write_file(path: str, data):
     """Write str, bytes, or what the function data(file) writes, whole or not at all. Raises OSError."""

@@ -21,7 +21,6 @@ from config import UserError, ranks, write_file
 
 FORMAT = 7  # of checkpoints
 
-
 def pick_device(name: str) -> str:
     """The device of the setting `device`; auto: cuda where there is one. Raises UserError for what is not
     there."""
@@ -33,18 +32,15 @@ def pick_device(name: str) -> str:
         raise UserError(f"--device={name}: {reason}; 'auto' takes what there is") from None
     return name
 
-
 def autocast(device: str, dtype: str):
     """The context of a forward pass: products in bfloat16 where dtype says so. Raises UserError."""
     if dtype not in ('float32', 'bfloat16'):
         raise UserError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'")
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bfloat16')
 
-
 def half_cosine(step, total, start, end):
     """Learning rate, EMA momentum, weight decay: from start to end on a half cosine over `total` steps."""
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
-
 
 def lr_at(step: int, s: dict) -> float:
     """Learning rate of the settings s: linear warm-up, then a half cosine to min_lr, or a tenth of
@@ -56,7 +52,6 @@ def lr_at(step: int, s: dict) -> float:
         return rate
     total = (s['lr_decay_iters'] or s['max_iters']) - warmup
     return half_cosine(step - warmup, total, rate, s['min_lr'] or rate / 10)
-
 
 class Run:
     """A training process: its rank, device and dtype, the step it is at, and what it writes to out_dir.
@@ -259,14 +254,12 @@ class Run:
         if self.rank == 0:
             print(*lines, sep='\n', flush=True)
 
-
 def save_checkpoint(path: str, state: dict):
     """Write `state` whole or not at all. Raises OSError."""
     try:
         write_file(path, lambda f: torch.save({'format': FORMAT, **state}, f))
     except RuntimeError as error:  # torch's writer turns a full disk into one about positions
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
 
 def load_checkpoint(path: str, kind: str) -> dict:
     """The checkpoint of `kind` at `path`, or in that out_dir, read to the CPU. Raises UserError with what to

@@ -3,16 +3,16 @@
     python tests/ablate.py --data_dir=data/openstax --work=out/ablate --sts=<STS-B dev>
     python tests/ablate.py --data_dir=data/demo --work=out/ablate --rows=default,loss=mse --seeds=2
 
-A run that is finished is not run again: the same command goes on where it stopped, and several machines or cores
-can share the rows (--seeds=1 --first_seed=2, --rows=…, all with one --work, and in the end once more with all of
-them for the table). It has means over seeds and, in brackets, how far they are from the first row's, seed by seed,
-± half of the 95 % interval (Student's t; over seeds alone, as all rows are measured on the same pairs; not
-corrected for the number of rows). A loss cannot be compared across rows; retrieval, skill, STS-B, rank and what a
-decoder makes of the concepts can. Writes ablation.csv and ablation.png to tests/results.
+A run that is finished is not run again: the same command goes on where it stopped, and several machines can
+share the rows (--seeds=1 --first_seed=2, --rows=…, all with one --work, and once more with all of them for
+the table). It has means over seeds and, in brackets, how far they are from the first row's, seed by seed, ±
+half of the 95 % interval (Student's t, over seeds alone; not corrected for the number of rows). A loss cannot
+be compared across rows; what evaluate.py measures can. Writes tests/results/ablation.csv and ablation.png.
 """
 
 import argparse
 import csv
+import glob
 import json
 import os
 import shutil
@@ -26,7 +26,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
 # what a row changes of train_encoder.py's settings
-UNTRAINED, RANDOM, SIGREG = '--learning_rate=0 --max_iters=1', '--start_passes=0', '--reg=sigreg --reg_weight=0.02'
+UNTRAINED, RANDOM = '--learning_rate=0 --max_iters=1', '--start_passes=0'
+SIGREG = '--reg=sigreg --reg_weight=0.02'
 ROWS = {
     'default': '',
     'untrained': UNTRAINED,
@@ -49,8 +50,9 @@ ROWS = {
     'ema .9': '--ema_start=0.9 --ema_end=0.9',
     'ema .998': '--ema_start=0.998 --ema_end=0.998',
     # a window of 8 and the next one, the context read by self-attention
-    "seed project's recipe": f'--loss=mse --whiten=False --context=tokens --pooling=mean {RANDOM} --max_sentences=9 '
-                             '--embedding_lr_scale=1 --predictor_lr_scale=1 --block_size=288 --batch_size=14',
+    "seed project's recipe": f'--loss=mse --whiten=False --context=tokens --pooling=mean {RANDOM} '
+                             '--embedding_lr_scale=1 --predictor_lr_scale=1 --max_sentences=9 '
+                             '--block_size=288 --batch_size=14',
 }
 COLUMNS = {  # section, row and column of evaluate.py's metrics.json; no column: the first one
     'information': ('information of a prediction', 'model', 'information'),
@@ -81,24 +83,21 @@ def one(name, seed, a):
     """Folder of one row and seed, trained and evaluated unless that is done."""
     folder = os.path.join(a.work, f'{name}_{seed}'.replace(' ', '_').replace("'", ''))
     shared, commands = [f'--data_dir={a.data_dir}', f'--out_dir={folder}'], []
-    for kind, options, steps, more in (('encoder', a.encoder, a.iters, ROWS[name]), ('decoder', a.decoder, a.decoder_iters, '')):
-        loop = [f'--seed={seed}', f'--max_iters={steps}', f'--warmup_iters={steps // 8}', f'--eval_interval={steps}']
-        commands += [[f'train_{kind}.py', *options.split(), *shared, *loop, *more.split()]] if steps else []
-    commands.append(['evaluate.py', *shared, f'--max_pairs={a.max_pairs}', f'--sts={a.sts}', '--dtype=bfloat16'])
+    for kind, options, steps, row in (('encoder', a.encoder, a.iters, ROWS[name]),
+                                      ('decoder', a.decoder, a.decoder_iters, '')):
+        loop = f'--seed={seed} --max_iters={steps} --warmup_iters={steps // 8} --eval_interval={steps} {row}'
+        commands += [[f'train_{kind}.py', *options.split(), *shared, *loop.split()]] if steps else []
+    commands.append(['evaluate.py', *shared, f'--max_pairs={a.max_pairs}', f'--sts={a.sts}'])
     path = os.path.join(folder, 'commands.json')  # the mark that it is done
     if os.path.exists(path):
         with open(path) as f:
-            if json.load(f) != commands:
-                raise SystemExit(f'ablate.py: {folder} was run with other settings: choose another --work, or remove it')
+            assert json.load(f) == commands, f'{folder} was run with other settings: take another --work'
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # one that was stopped halfway
     for command in commands:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
-        if done.returncode:
-            raise SystemExit(f'ablate.py: {" ".join(command)}: {done.stderr}')
-    for file in os.listdir(folder):
-        if file.endswith('.pt'):
-            os.unlink(os.path.join(folder, file))
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    for file in glob.glob(f'{glob.escape(folder)}/*.pt'):
+        os.unlink(file)
     with open(path, 'w') as f:
         json.dump(commands, f)
     return folder
@@ -111,11 +110,10 @@ def interval(values):
 
 
 def compared(found):
-    """{row: {column: (mean, half of its interval, mean difference from the first row's, half of its interval)}}.
+    """{row: {column: (mean, half of its interval, mean difference from the first row, half of its)}}.
 
-    found: {row: [{column: number} of each seed]}. Differences are taken seed by seed: a seed draws the same start
-    for every row (but where the predictor draws another number of weights), so that rows are told apart where the
-    means' intervals overlap.
+    found: {row: [{column: number} of each seed]}. A seed draws the same start for every row (but where the
+    predictor has another number of weights): differences seed by seed are told apart where means are not.
     """
     first = next(iter(found.values()))
     return {name: {c: (*interval([r[c] for r in runs]), *interval([r[c] - f[c] for r, f in zip(runs, first)]))
@@ -127,50 +125,49 @@ def write(table, seeds, iters, folder):
     columns, first = list(next(iter(table.values()))), next(iter(table))
     print('\n| |' + ' | '.join(columns) + ' |\n|---|' + '---:|' * len(columns))
     for name, row in table.items():
-        print(f'| {name} | ' + ' | '.join('{:.{d}f} ({:+.{d}f} ± {:.{d}f})'.format(
-            row[c][0], *row[c][2:], d=3 if abs(row[c][0]) < 10 else 1) for c in columns) + ' |')
+        cells = ('{:.4g} ({:+.2g} ± {:.2g})'.format(row[c][0], *row[c][2:]) for c in columns)
+        print(f'| {name} | ' + ' | '.join(cells) + ' |')
     with open(os.path.join(folder, 'ablation.csv'), 'w', newline='') as f:
         writer = csv.writer(f, lineterminator='\n')
         names = ('', ', half of 95 % interval', f', from {first}', f', from {first}, half of 95 % interval')
-        writer.writerow(['row', 'settings', 'seeds', 'steps unless set', *(f'{c}{x}' for c in columns for x in names)])
+        writer.writerow(['row', 'settings', 'seeds', 'steps', *(c + x for c in columns for x in names)])
         writer.writerows([name, ROWS[name], seeds, iters, *(f'{x:.5f}' for c in columns for x in row[c])]
                          for name, row in table.items())
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    shown, y = [c for c in ('corpus MRR', 'in-document MRR', 'STS') if c in columns], np.arange(len(table))[::-1]
+    shown = [c for c in ('skill', 'corpus MRR', 'in-document MRR', 'STS') if c in columns]
     _, axes = plt.subplots(1, len(shown), sharey=True, figsize=(3.2 * len(shown), 0.8 + 0.26 * len(table)))
     for axis, column in zip(axes, shown):
         mean, half = np.array([row[column][2:] for row in table.values()]).T
-        axis.errorbar(mean, y, xerr=np.nan_to_num(half), fmt='o', color='black', markersize=4, capsize=2)
+        axis.errorbar(mean, list(table), xerr=np.nan_to_num(half), fmt='o', color='black', capsize=2)
         axis.axvline(0, color='0.6', linestyle=':')
-        axis.set_xscale('symlog', linthresh=1 if column == 'STS' else 0.01)  # a collapse and a nuance in one picture
-        axis.set(xlabel=f'{column}, from {first}', yticks=y, yticklabels=list(table))
+        axis.set_xscale('symlog', linthresh=1 if column == 'STS' else 0.01)  # a collapse and a nuance
+        axis.set_xlabel(f'{column}, from {first}')
+    axes[0].invert_yaxis()
     plt.savefig(os.path.join(folder, 'ablation.png'), bbox_inches='tight', dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     small = ' --n_embd=192 --n_head=3'
     for name, default, about in (
-            ('data_dir', 'data/openstax', ''), ('work', 'out/ablate', 'folder of the runs'), ('seeds', 3, ''),
-            ('rows', '', 'comma-separated; none: all'), ('first_seed', 1, ''), ('iters', 150, 'steps of the encoder'),
-            ('encoder', f'config/encoder_openstax.py{small}', 'its arguments'), ('max_pairs', 600, ''), ('sts', '', ''),
+            ('data_dir', 'data/openstax', ''), ('work', 'out/ablate', 'folder of the runs'), ('sts', '', ''),
+            ('rows', '', 'comma-separated; none: all'), ('seeds', 3, ''), ('first_seed', 1, ''),
+            ('encoder', f'config/encoder_openstax.py{small}', 'its arguments'), ('iters', 150, 'its steps'),
             ('decoder', f'config/decoder_openstax.py{small}', 'its arguments'),
-            ('decoder_iters', 0, 'steps of a decoder for each; 0: none'), ('results', os.path.join(HERE, 'results'), '')):
+            ('decoder_iters', 0, 'its steps; 0: no decoder'), ('max_pairs', 600, ''),
+            ('results', os.path.join(HERE, 'results'), '')):
         parser.add_argument(f'--{name}', type=type(default), default=default, help=about)
     a = parser.parse_args()
     a.data_dir, a.work, a.sts = (path and os.path.abspath(path) for path in (a.data_dir, a.work, a.sts))
-    names = a.rows.split(',') if a.rows else list(ROWS)
-    if unknown := set(names) - set(ROWS):
-        raise SystemExit(f"ablate.py: no row {', '.join(unknown)}: expected some of {', '.join(ROWS)}")
-    seeds = range(a.first_seed, a.first_seed + a.seeds)
-    found = {name: [] for name in names}
-    for seed in seeds:
-        for name in names:
+    found = {name: [] for name in (a.rows.split(',') if a.rows else ROWS)}
+    assert found.keys() <= ROWS.keys(), f'expected some of {list(ROWS)}'
+    for seed in range(a.first_seed, a.first_seed + a.seeds):
+        for name in found:
             found[name].append(measured(one(name, seed, a)))
-            print(f"{name}, seed {seed}: " + ', '.join(f'{k} {v:.3f}' for k, v in found[name][-1].items()), flush=True)
-    write(compared(found), len(seeds), a.iters, a.results)
+            print(f'{name}, seed {seed}:', *(f'{k} {v:.3f},' for k, v in found[name][-1].items()), flush=True)
+    write(compared(found), a.seeds, a.iters, a.results)
 
 
 if __name__ == '__main__':

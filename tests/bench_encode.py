@@ -1,9 +1,9 @@
-"""Sentences a second of SentenceEncoder.encode and tokens a second of ConceptDecoder.generate, of a trained model.
+"""Sentences a second of encode, tokens a second of generate, of trained models; in one or two checkouts.
 
-    python tests/bench_encode.py --out_dir=out/demo
-    python tests/bench_encode.py --out_dir=out/demo --other=<another checkout> --other_out_dir=<what it trained>
+    python tests/bench_encode.py . out/demo
+    python tests/bench_encode.py . out/demo <another checkout> <what it trained>
 
-Writes tests/results/encode.csv. bench_train.py --other measures the same, of models that it trains for a few steps.
+Writes tests/results/encode.csv. bench_train.py --other measures the same.
 """
 
 import argparse
@@ -21,7 +21,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def in_turn(functions, repeats, warm_up=1):
-    """{name: (repeats,) of what each function returned}; they take turns, and every other time in reverse."""
+    """{name: (repeats,) of what each function returned}; they take turns, every other time in reverse."""
     found = {name: [] for name in functions}
     for r in range(warm_up + repeats):
         for name in list(functions)[::1 - 2 * (r % 2)]:
@@ -30,46 +30,47 @@ def in_turn(functions, repeats, warm_up=1):
 
 
 def interval(rates):
-    """Medians of {name: rates}; of two, the median of their ratio and its 95 % interval, by bootstrap, too."""
+    """Medians of {name: rates}; of two, also of their ratio, and its 95 % interval by bootstrap."""
     row = {name: round(np.median(r)) for name, r in rates.items()}
     if len(row) == 2:
         ratio = np.divide(*rates.values())
         drawn = np.median(np.random.default_rng(0).choice(ratio, (2000, len(ratio))), 1)
-        row |= {'ratio': round(np.median(ratio), 3), 'from': round(np.percentile(drawn, 2.5), 3),
-                'to': round(np.percentile(drawn, 97.5), 3)}
+        ends = np.quantile(drawn, (0.025, 0.975)).round(3)
+        row |= {'ratio': round(np.median(ratio), 3), 'from': ends[0], 'to': ends[1]}
     return row
 
 
 def worker(root, out_dir, path, device):
-    """A process that answers each line of standard input, 'encode' or 'generate', with how much it did a second."""
+    """A process that answers each line of standard input with how much encode and generate did a second."""
     sys.path.insert(0, root)
     import model as lib
     encoder, decoder = lib.load_encoder(out_dir, device=device), lib.load_decoder(out_dir, device=device)
     decoder.model.config.eos = -1  # nothing ends before 64 tokens
     texts = json.load(open(path))
     z = encoder.encode(texts[:64])
-    functions = {'encode': (len(texts), lambda: encoder.encode(texts)),
-                 'generate': (64 * len(z), lambda: decoder.generate(z, max_tokens=64))}
-    for line in sys.stdin:
-        n, f = functions[line.strip()]
-        began = time.perf_counter()
-        f()
-        print(n / (time.perf_counter() - began), flush=True)
+    for _ in sys.stdin:
+        times = [time.perf_counter()]
+        for f in (lambda: encoder.encode(texts), lambda: decoder.generate(z, max_tokens=64)):
+            f()
+            times.append(time.perf_counter())
+        print(*np.array([len(texts), 64 * len(z)]) / np.diff(times), flush=True)
 
 
 def compare(roots, outs, path, repeats, device):
-    """{what: {name: rates}} of the checkouts `roots` {name: folder} with models `outs`, on the json of texts at path."""
-    workers = {name: subprocess.Popen([sys.executable, __file__, '--worker', root, outs[name], path, device], text=True,
-                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE) for name, root in roots.items()}
+    """{what: {name: rates}} of checkouts {name: folder}, models {name: out_dir}, on the texts in a json."""
+    workers = {}
+    for name, root in roots.items():
+        command = [sys.executable, __file__, '--worker', root, outs[name], path, device]
+        workers[name] = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def ask(name, what):
-        print(what, file=workers[name].stdin, flush=True)
-        return float(workers[name].stdout.readline())
-    found = {title: in_turn({name: lambda n=name, w=what: ask(n, w) for name in roots}, repeats)
-             for what, title in (('encode', 'encode, sentences'), ('generate', 'generate, tokens'))}
+    def ask(process):
+        print(file=process.stdin, flush=True)
+        return list(map(float, process.stdout.readline().split()))
+    found = in_turn({name: lambda p=process: ask(p) for name, process in workers.items()}, repeats)
     for process in workers.values():
         process.communicate()
-    return found
+    return {what: {name: rates[:, i] for name, rates in found.items()}
+            for i, what in enumerate(('encode, sentences', 'generate, tokens'))}
 
 
 def show(rows, path):
@@ -83,20 +84,20 @@ def show(rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {'out_dir': 'out/demo', 'other': '', 'other_out_dir': '', 'sentences': 10_000, 'repeats': 5,
-                          'device': 'cpu', 'results': os.path.join(HERE, 'results')}.items():
-        parser.add_argument(f'--{name}', type=type(default), default=default)
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('folders', nargs='+', help='a checkout and its out_dir, or two')
+    parser.add_argument('--sentences', type=int, default=1000)
+    parser.add_argument('--repeats', type=int, default=9)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--results', default=os.path.join(HERE, 'results'))
     a = parser.parse_args()
-    sys.path.insert(0, os.path.dirname(HERE))
-    import prepare
-    texts = [s for text in prepare.read_bible() for s in prepare.split_sentences(text)][:a.sentences]
-    roots, outs = {'this': os.path.dirname(HERE)}, {'this': a.out_dir}
-    if a.other:
-        roots, outs = roots | {'other': a.other}, outs | {'other': a.other_out_dir}
+    folders = [os.path.abspath(folder) for folder in a.folders]
+    sys.path.insert(0, folders[0])
+    from prepare import read_bible, split_sentences
     with tempfile.NamedTemporaryFile('w', suffix='.json') as f:
-        json.dump(texts, f)
+        json.dump([s for text in read_bible() for s in split_sentences(text)][:a.sentences], f)
         f.flush()
+        roots, outs = (dict(zip(('this', 'other'), part)) for part in (folders[::2], folders[1::2]))
         found = compare(roots, outs, f.name, a.repeats, a.device)
     show([{'a second': what, **interval(rates)} for what, rates in found.items()], f'{a.results}/encode.csv')
 

@@ -8,6 +8,7 @@ Writes tests/results/prepare.csv.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -63,17 +64,15 @@ def run(root, source, folder, n, tokenizer, watch=False):
 
 def resident(pid):
     """Resident MB of a process."""
-    try:
-        with open(f'/proc/{pid}/statm') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
-    except OSError:
-        return 0
+    with contextlib.suppress(OSError), open(f'/proc/{pid}/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+    return 0
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument('--text', default='')
-    parser.add_argument('--other', default='')
+    for name in ('--text', '--other'):
+        parser.add_argument(name, default='')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--num_proc', type=int, default=os.cpu_count())
     parser.add_argument('--tokenizer', default='bpe:8192')
@@ -85,7 +84,6 @@ def main():
     texts = next(prepare.chunks(texts, given.megabytes * 1_000_000))
     size = sum(len(text.encode()) for text in texts) / 1e6
     roots, rows = {'prepare.py': ROOT} | ({'the other checkout': given.other} if given.other else {}), []
-
     with tempfile.TemporaryDirectory() as folder:
         sources = [f'{folder}/{name}.jsonl' for name in ('small', 'large')]
         for source, times in zip(sources, (1, given.times)):
@@ -96,8 +94,7 @@ def main():
             data_dir = f'{folder}/{root[0]}_{os.path.basename(source)}'
             _, peak = run(root[1], source, data_dir, given.num_proc, given.tokenizer, watch=True)
             rows.append((f'{root[0]}: peak memory, {os.path.basename(source)[:5]} run, MB', f'{peak:.0f}'))
-        with open(f'{folder}/prepare.py_small.jsonl/meta.json') as f:
-            spec = json.load(f)['tokenizer']
+        spec = json.load(open(f'{folder}/prepare.py_small.jsonl/meta.json'))['tokenizer']
         for n in sorted({1, given.num_proc}):
             speeds = {name: [] for name in ('tiktoken alone', *roots)}
             for i in range(given.repeats):
@@ -112,7 +109,7 @@ def main():
                     ratios = sorted(a / b for a, b in zip(speeds['prepare.py'], values))
                     rows.append((f'{n} processes: prepare.py / {name}, median (least to most)',
                                  f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'))
-    rows += [('tokenizer', given.tokenizer), ('text, MB', f'{size:.0f} and {size * given.times:.0f}')]
+    rows.append((f'{given.tokenizer}; text, MB', f'{size:.0f} and {size * given.times:.0f}'))
     for row in rows:
         print(f'{row[0]:75} {row[1]}')
     with open(given.out, 'w', newline='') as f:

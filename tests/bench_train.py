@@ -1,13 +1,13 @@
-"""Speed of a training step: encoder and decoder against a plain language model of the same width on the same text.
+"""Speed of a training step: encoder and decoder against a plain language model of the same width.
 
     python tests/bench_train.py                              CPU: 192 and 384 wide, on the embedded Bible
     python tests/bench_train.py --device=cuda --data_dir=data/openstax --batch_size=16 --block_size=4096
-    python tests/bench_train.py --other=<another checkout>   both checkouts' training scripts, step by step in turn
+    python tests/bench_train.py --other=<another checkout>   training scripts of both, step by step in turn
 
-Workloads take turns; medians of --repeats steps; on CUDA all is compiled. FLOPs are those the mathematics asks for: of
-real tokens, and of pairs of tokens of which one sees the other; `utilisation` is their share of a matrix product in
-the same run. `generate` writes 64 tokens a sentence with a key-value cache, `reread` without. In tests/results:
-train_<device>.csv and phases_<device>.csv (milliseconds of a step's parts), or ratio_<device>.csv.
+Medians of --repeats steps; workloads take turns; on CUDA all is compiled. FLOPs are what the mathematics asks
+for: of real tokens, and of pairs of tokens of which one sees the other; `utilisation` is their share of a
+matrix product in the same run. `generate` writes 64 tokens with a key-value cache, `reread` without. Writes
+tests/results/train_<device>.csv, phases_<device>.csv (milliseconds of a step's parts) or ratio_<device>.csv.
 """
 
 import argparse
@@ -36,13 +36,10 @@ from prepare import Corpus  # noqa: E402
 SIZES = {'cpu': '192,2,3;384,2,6', 'cuda': '384,6,6;512,6,8;768,12,12'}  # width, layers, heads
 PREFIX, WRITTEN = 2, 64
 
-# ---------------------------------------------------------------------------------------------------------------
-# Workloads: each makes step(i, mark), which calls mark(name) at the end of each of its parts, and returns a function
-# that gives (real tokens, flops) once the clock has stopped
-
 
 class Bench:
-    """Models of one size."""
+    """Workloads of one size. Each makes step(i, mark), which calls mark(name) at the end of each of its parts
+    and returns a function that gives (real tokens, flops) once the clock has stopped."""
 
     def __init__(self, corpus, size, a):
         self.corpus, (self.width, self.layers, self.heads), self.a = corpus, size, a
@@ -52,13 +49,9 @@ class Bench:
     def compiled(self, f):
         return torch.compile(f, dynamic=False) if self.a.compile else f
 
-    def made(self, make, *config):
-        torch.manual_seed(0)
-        return make(*config).to(self.a.device)
-
     def concept_decoder(self):
-        config = lib.DecoderConfig(self.vocab, self.width, 0, self.layers, self.heads, self.width, PREFIX)
-        return self.made(lib.Decoder, config)
+        config = lib.DecoderConfig(self.vocab, self.width, -1, self.layers, self.heads, self.width, PREFIX)
+        return lib.Decoder(config).to(self.a.device)
 
     def updates(self, net):
         """A function of a loss and mark: backward and the optimizer's step."""
@@ -79,17 +72,17 @@ class Bench:
         return 4 * self.layers * self.width * float(pairs)
 
     def training(self, kind):
-        """A step of train_encoder.py or train_decoder.py; batches are cut beforehand, as they are in the background."""
+        """A training script's step; batches are cut beforehand, as they are in the background."""
         a, encoder, prefix = self.a, kind == 'encoder', PREFIX * (kind == 'decoder')
-        jepa = self.made(lib.JEPA, lib.JEPAConfig(self.vocab, self.layers, self.heads, self.width))
+        jepa = lib.JEPA(lib.JEPAConfig(self.vocab, self.layers, self.heads, self.width)).to(a.device)
         net = jepa if encoder else self.concept_decoder()
+        net.config.eos = 0
         forward, targets, update = self.compiled(net), self.compiled(jepa.targets), self.updates(net)
         shape = a.batch_size, a.block_size, self.corpus.max_sentences(a.block_size, prefix)
-        batches = [[torch.from_numpy(x).to(a.device) for x in self.corpus.batch(i, 0, 1, *shape, prefix=prefix).values()]
-                   for i in range(a.warm_up + a.repeats)]
+        batches = [self.corpus.batch(i, 0, 1, *shape, prefix=prefix) for i in range(a.warm_up + a.repeats)]
 
         def step(i, mark):
-            tokens, sentence, document = batches[i]
+            tokens, sentence, document = (torch.from_numpy(x).to(a.device) for x in batches[i].values())
             words = torch.where(lib.place_in_sentence(sentence) < prefix, -1, sentence)
             with self.autocast:
                 own = lib.build_mask(words, path=self.path)
@@ -105,9 +98,8 @@ class Bench:
                 jepa.whitening.update(jepa.whitening.moments(z, document >= 0))
                 if i % 10 == 0:
                     jepa.whitening.refresh()
-                mark('statistics')
                 jepa.update_target(0.99)
-                mark('moving average')
+                mark('statistics, moving average')
             return lambda: counts(*(torch.cat([torch.bincount(row[row >= 0]) for row in x]).double().cpu()
                                     for x in (sentence, words)))
 
@@ -121,14 +113,14 @@ class Bench:
         return step
 
     def language_model(self):
-        net = self.made(LanguageModel, self.vocab, self.layers, self.heads, self.width)
-        forward, update, (B, T) = self.compiled(net), self.updates(net), (self.a.batch_size, self.a.block_size)
-        text = np.concatenate([ids for d in range(min(50, self.corpus.n_documents)) for ids in self.corpus.document(d)])
-        rows = torch.from_numpy(np.resize(text.astype(np.int64), (B, T))).to(self.a.device)
+        B, T = self.a.batch_size, self.a.block_size
+        net = LanguageModel(self.vocab, self.layers, self.heads, self.width).to(self.a.device)
+        forward, update = self.compiled(net), self.updates(net)
+        tokens = torch.randint(self.vocab, (B, T), device=self.a.device)
 
         def step(i, mark):
             with self.autocast:
-                loss = forward(rows)
+                loss = forward(tokens)
             update(loss, mark)
             return lambda: (B * T, 6 * (matrices(net.blocks) + self.vocab * self.width) * B * T
                             + 3 * self.attention(B * T * (T + 1) / 2))
@@ -137,7 +129,6 @@ class Bench:
     def writing(self, n, write):
         """Greedy generation of WRITTEN tokens for each of n concepts by write(net, concepts)."""
         net, z = self.concept_decoder().eval(), torch.randn(n, self.width, device=self.a.device)
-        net.config.eos = -1
 
         def step(i, mark):
             with torch.inference_mode(), self.autocast:
@@ -151,7 +142,6 @@ class LanguageModel(lib.Encoder):
 
     def __init__(self, *config):
         super().__init__(*config)
-        torch.nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
             block.attend = lambda qkv, rope, *_, heads=block.n_head: causal(qkv, rope, heads)
 
@@ -181,9 +171,6 @@ def reread(net, concepts):
         out = torch.cat((out, F.linear(x[:, -1:], net.embedding.weight).argmax(-1)), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Measuring
-
 def timed(step, i, a):
     """(Tokens, flops, seconds, {part: seconds}) of a step. A GPU is waited for after each part."""
     names, times = [], []
@@ -201,12 +188,11 @@ def timed(step, i, a):
 
 def measure(corpus, size, a, peak):
     """(Rows of the table, rows of parts) of one size."""
-    bench, cuda = Bench(corpus, size, a), a.device == 'cuda'
-    make = {'encoder': lambda: bench.training('encoder'), 'decoder': lambda: bench.training('decoder'),
-            'language model': bench.language_model}
-    make |= {f'{name}, batch {n}': lambda n=n, write=write: bench.writing(n, write)
-             for n in (1, 64) for name, write in (('generate', lambda net, z: net.generate(z, WRITTEN)), ('reread', reread))}
-    steps, memory, seen, rows, parts = {}, {}, {name: [] for name in make}, [], []
+    bench, cuda, steps, memory, rows, parts = Bench(corpus, size, a), a.device == 'cuda', {}, {}, [], []
+    make = {kind: lambda kind=kind: bench.training(kind) for kind in ('encoder', 'decoder')}
+    make['language model'] = bench.language_model
+    for name, write in (('generate', lambda net, z: net.generate(z, WRITTEN)), ('reread', reread)):
+        make |= {f'{name}, batch {n}': lambda n=n, write=write: bench.writing(n, write) for n in (1, 64)}
     for name, f in make.items():
         before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
@@ -216,32 +202,32 @@ def measure(corpus, size, a, peak):
             timed(steps[name], i, a)
         memory[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20) if cuda else ''
     torch._dynamo.utils.counters.clear()
-    for i in range(a.warm_up, a.warm_up + a.repeats):
-        for name, step in steps.items():
-            seen[name].append(timed(step, i, a))
-    for name, found in seen.items():
-        tokens, flops, seconds, marks = map(np.array, zip(*found))
-        first, speed = {'width': size[0], 'layers': size[1], 'workload': name}, np.median(flops / seconds) / 1e9
+    seen = [{name: timed(step, a.warm_up + i, a) for name, step in steps.items()} for i in range(a.repeats)]
+    for name in steps:
+        tokens, flops, seconds, marks = map(np.array, zip(*(found[name] for found in seen)))
+        first = {'width': size[0], 'layers': size[1], 'workload': name}
+        speed, median = np.median(flops / seconds) / 1e9, np.median(seconds)
         rows.append(first | {'tokens/s': round(np.median(tokens / seconds)), 'GFLOP/s': round(speed, 1),
                              'utilisation': round(speed / peak, 3), 'MB': memory[name],
-                             'slowest over median step': round(max(seconds) / np.median(seconds), 2),
+                             'slowest over median step': round(max(seconds) / median, 2),
                              'compiled while timed': torch._dynamo.utils.counters['stats']['unique_graphs']})
-        parts += [first | {'part': part, 'ms': round(1000 * np.median([m[part] for m in marks]), 2)} for part in marks[0]]
+        parts += [first | {'part': part, 'ms': round(1000 * np.median([m[part] for m in marks]), 2)}
+                  for part in marks[0]]
     return rows, parts
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Two checkouts. Settings' names and metrics.csv are all that this knows of the other one.
 
 def held(root, kind, size, out, data, a):
     """Tokens a second of each next step of a checkout's training script, which stands still in between."""
     path, done, tokens = f"{out}/metrics{'_decoder' * (kind == 'decoder')}.csv", 0, [0]
-    settings = {'data_dir': data, 'out_dir': out, 'n_embd': size[0], 'n_layer': size[1], 'n_head': size[2], 'eval_iters': 1,
+    settings = {'data_dir': data, 'out_dir': out, 'n_embd': size[0], 'n_layer': size[1], 'n_head': size[2],
                 'batch_size': a.batch_size, 'block_size': a.block_size, 'device': a.device, 'log_interval': 1,
-                'eval_interval': 10**6, 'max_iters': 10**6}
+                'eval_interval': 10**6, 'max_iters': 10**6, 'eval_iters': 1}
     settings |= {'start_passes': 0, 'start_tokens': 100_000} if kind == 'encoder' else {}
-    process = subprocess.Popen([sys.executable, f'train_{kind}.py', *(f'--{k}={v}' for k, v in settings.items())],
-                               cwd=root, stdout=subprocess.DEVNULL)
+    command = [sys.executable, f'train_{kind}.py', *(f'--{name}={value}' for name, value in settings.items())]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
     try:
         while True:
             process.send_signal(signal.SIGCONT)
@@ -266,34 +252,36 @@ def against(sizes, a, work):
     data = {name: prepared(f'{work}/{name}/data', a, root) for name, root in roots.items()}
     corpus = Corpus(data['this'], 'train')
     with open(f'{work}/texts.json', 'w') as f:
-        json.dump([corpus.tokenizer.decode(s) for d in range(50) for s in corpus.document(d)][:2000], f)
+        json.dump([corpus.tokenizer.decode(s) for d in range(20) for s in corpus.document(d)][:300], f)
     for size in sizes:
         outs, found = {name: f'{work}/{name}/{size[0]}' for name in roots}, {}
         for kind in ('encoder', 'decoder'):
             runs = {name: held(root, kind, size, outs[name], data[name], a) for name, root in roots.items()}
-            found[f'{kind} step, tokens'] = in_turn({k: lambda r=r: next(r) for k, r in runs.items()}, a.repeats, a.warm_up)
+            steps = {name: lambda run=run: next(run) for name, run in runs.items()}
+            found[f'{kind} step, tokens'] = in_turn(steps, a.repeats, a.warm_up)
             for run in runs.values():
                 run.close()
         found |= compare(roots, outs, f'{work}/texts.json', a.repeats, a.device)
-        rows += [{'width': size[0], 'layers': size[1], 'a second': what, **interval(s)} for what, s in found.items()]
+        rows += [{'width': size[0], 'layers': size[1], 'a second': what, **interval(rates)}
+                 for what, rates in found.items()]
     return rows
 
 
 def prepared(folder, a, root):
     """The folder, once root's prepare.py has put --dataset there."""
-    subprocess.run([sys.executable, 'prepare.py', f'--dataset={a.dataset}', f'--data_dir={folder}', '--tokenizer=bpe:8192',
-                    '--num_proc=1'], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    command = ['prepare.py', f'--dataset={a.dataset}', f'--data_dir={folder}', '--tokenizer=bpe:8192']
+    subprocess.run([sys.executable, *command], cwd=root, check=True, capture_output=True)
     return folder
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {'data_dir': '', 'dataset': 'web-bible', 'device': 'cpu', 'dtype': 'bfloat16', 'batch_size': 8,
-                          'block_size': 512, 'repeats': 9, 'warm_up': 2, 'size': '', 'other': '',
-                          'results': os.path.join(HERE, 'results')}.items():
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    for name, default in {'data_dir': '', 'dataset': 'web-bible', 'device': 'cpu', 'dtype': 'bfloat16',
+                          'size': '', 'batch_size': 8, 'block_size': 512, 'repeats': 9, 'warm_up': 2,
+                          'other': '', 'results': os.path.join(HERE, 'results')}.items():
         parser.add_argument(f'--{name}', type=type(default), default=default)
     a = parser.parse_args()
-    a.compile = a.device == 'cuda'
+    cuda = a.compile = a.device == 'cuda'
     sizes = [tuple(map(int, size.split(','))) for size in (a.size or SIZES[a.device]).split(';')]
     torch.set_float32_matmul_precision('high')
     with tempfile.TemporaryDirectory() as work:
@@ -301,22 +289,23 @@ def main():
             show(against(sizes, a, work), f'{a.results}/ratio_{a.device}.csv')
             return
         corpus = Corpus(a.data_dir or prepared(f'{work}/data', a, ROOT), 'train')
-        n, rows, parts = 8192 if a.device == 'cuda' else 1024, [], []  # large enough to fill the device
-        x, y = (torch.randn(n, n, device=a.device).to(getattr(torch, a.dtype)) for _ in range(2))
-        products = [timed(lambda i, mark: lambda done=x @ y: (0, 2 * n ** 3), i, a) for i in range(12)]
+        x, rows, parts = torch.randn(2, *[8192 if cuda else 1024] * 2, device=a.device), [], []
+        x = x.to(getattr(torch, a.dtype))  # large enough to fill the device
+        products = [timed(lambda i, mark: lambda y=x[0] @ x[1]: (0, 2 * len(y)**3), i, a) for i in range(12)]
         peak = np.median([flops / seconds for _, flops, seconds, _ in products[2:]]) / 1e9
         for size in sizes:
             torch._dynamo.reset()
             found, more = measure(corpus, size, a, peak)
             rows, parts = rows + found, parts + more
-    machine = {'dtype': a.dtype, 'compiled': a.compile, 'threads': torch.get_num_threads(), 'torch': torch.__version__,
-               'device': torch.cuda.get_device_name() if a.device == 'cuda' else 'cpu', 'GFLOP/s at most': round(peak)}
+    machine = {'dtype': a.dtype, 'compiled': a.compile, 'threads': torch.get_num_threads(),
+               'device': torch.cuda.get_device_name() if cuda else 'cpu', 'torch': torch.__version__,
+               'GFLOP/s at most': round(peak)}
     show(parts, f'{a.results}/phases_{a.device}.csv')
     show([row | machine for row in rows], f'{a.results}/train_{a.device}.csv')
-    for size in sizes:
-        speed = {r['workload']: r['GFLOP/s'] for r in rows if r['width'] == size[0]}
-        print(f"{size[0]} wide, time a FLOP over the language model's: " + ', '.join(
-            f"{kind} {speed['language model'] / speed[kind]:.2f}" for kind in ('encoder', 'decoder')))
+    for width, *_ in sizes:
+        speed = {r['workload']: r['GFLOP/s'] for r in rows if r['width'] == width}
+        ratio = {kind: round(speed['language model'] / speed[kind], 2) for kind in ('encoder', 'decoder')}
+        print(f"{width} wide, time a FLOP over the language model's: {ratio}")
 
 
 if __name__ == '__main__':

@@ -1,19 +1,17 @@
 """Break every stage as happens on machines that nobody watches, and see that nothing is lost.
 
-    python tests/faults.py                                         all of it, about an hour on one core
+    python tests/faults.py                                         all of it: an hour on one core
     python tests/faults.py --only=kills_prepare,disk --share=0.1   parts by name, a tenth of the repetitions
 
-Prints a row for each thing that was tried and keeps it in tests/results/faults.csv; rows of parts that were not
-run stay. tests/test_scripts.py runs it in miniature.
+Keeps a row for each thing that was tried in tests/results/faults.csv; rows of parts that were not run stay.
+tests/test_scripts.py runs it in miniature.
 """
 
 import argparse
 import csv
-import gzip
+import glob
 import json
-import lzma
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -24,14 +22,13 @@ import tempfile
 import time
 
 import numpy as np
-import torch
 from conftest import ROOT, start
 from test_train import assert_equal, decoder, encoder, rows
 
 import model as lib
 import prepare
 from config import UserError, override
-from config.run import FORMAT, load_checkpoint
+from config.run import load_checkpoint
 
 BIBLE = ['prepare.py', '--dataset=web-bible', '--tokenizer=bpe:400', '--val_fraction=0.2', '--num_proc=2',
          '--max_sentence_tokens=60']
@@ -64,7 +61,7 @@ def training(kind, work, out):
 
 
 def undisturbed(work):
-    """Make `data` and `out`, an encoder and a decoder that ran straight through, in `work`, once; returns it."""
+    """Make `data` and `out`, an encoder and a decoder that ran straight through, in `work`; returns it."""
     if not os.path.exists(f'{work}/out'):
         ended(python(*BIBLE, f'--data_dir={work}/data', '--max_docs=200'))
         for kind in ('encoder', 'decoder'):
@@ -81,13 +78,6 @@ def assert_same_run(kind, work, out, whole=''):
     assert [r for r in found if int(r['step']) % 5 == 0] == expected  # a stop has a row of its own
 
 
-def wait_for_step(process, path, step):
-    """Until the metrics at `path` have a row of that step."""
-    while not os.path.exists(path) or not any(int(r['step'] or 0) >= step for r in rows(path)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-
-
 def assert_files_equal(a, b):
     """Byte for byte, but for the folder's own name in meta.json."""
     assert sorted(os.listdir(a)) == sorted(os.listdir(b))
@@ -100,16 +90,17 @@ def assert_files_equal(a, b):
 
 def shards(folder):
     """{train shard: its inode and time} of a folder."""
-    found = os.scandir(folder) if os.path.exists(folder) else ()
-    return {e.name: (e.inode(), e.stat().st_mtime_ns) for e in found if e.name[:6] + e.name[-4:] == 'train_.bin'}
+    paths = glob.glob(f'{folder}/train_*.bin')
+    return {path: (os.stat(path).st_ino, os.stat(path).st_mtime_ns) for path in paths}
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Kills, stops, going on
 
 def kills_prepare(work, share):
     """SIGKILL at random moments, the same command again, until it ends; and again."""
-    command, whole, began = [*BIBLE, '--shard_tokens=1000'], f'{work}/whole', time.time()
+    command = [*BIBLE, '--shard_tokens=1000', f'--max_docs={200 if share < 0.1 else 0}']
+    whole, began = f'{work}/whole', time.time()
     ended(python(*command, f'--data_dir={whole}'))
     length, rng, done, runs, kept = time.time() - began, random.Random(0), 0, 0, 0
     while done < many(100, share):
@@ -122,34 +113,34 @@ def kills_prepare(work, share):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()  # until the workers have closed it too
-                done, finished = done + 1, shards(out)
+                done, finished, length = done + 1, shards(out), 1.05 * length
         assert process.returncode == 0
         assert finished.items() <= shards(out).items(), 'a finished shard was written again'
         assert_files_equal(whole, out)
         runs, kept = runs + 1, kept + len(finished)
     return [(f'prepare.py, {runs} runs of {len(shards(whole))} chunks', done,
-             f'byte-identical to the undisturbed one; {kept} shards from before the last kills kept their inodes')]
+             f'byte-identical to the undisturbed one; {kept} shards done before a kill kept their inode')]
 
 
 def kills_train(work, share):
     """As kills_prepare, of both training scripts, forked from a process that has imported torch."""
-    rng, done, runs, most, lengths = random.Random(0), 0, 0, 0, {}
-    while done < many(200, share) or runs < 2:
+    rng, done, runs, most, length = random.Random(0), 0, 0, 0, 600.0
+    while done < many(200, share):
         kind, out, here = ('encoder', 'decoder')[runs % 2], f'{work}/killed_{runs}', 0
         checkpoint = f'{out}/{kind}.pt'
         while True:
             there, began = os.path.exists(checkpoint), time.time()
             run = start(*training(kind, undisturbed(work), out)[0])
-            run.process.join(rng.uniform(0, 1.1 * lengths[kind]) if kind in lengths else 600)  # the first is timed
+            run.process.join(rng.uniform(0, 1.2 * length) if runs else length)  # the first is timed
             if run.process.exitcode is not None:
                 break
             run.process.kill()
             run.process.join()
-            done, here = done + 1, here + 1
+            done, here, length = done + 1, here + 1, 1.05 * length  # a machine can become slower
             if os.path.exists(checkpoint):
                 load_checkpoint(checkpoint, kind)  # whole, at every moment
         assert there == ('going on from step' in run.end().stdout)
-        lengths.setdefault(kind, time.time() - began)
+        length = min(length, time.time() - began)
         assert_same_run(kind, work, out)
         runs, most = runs + 1, max(most, here)
     return [(f'training, {runs} runs, up to {most} kills each', done,
@@ -157,49 +148,43 @@ def kills_train(work, share):
 
 
 def resume(work, share):
-    """SIGTERM in the middle and the same command again, on one rank and on two."""
+    """SIGTERM or Ctrl-C in the middle and the same command again, on one rank and on two."""
     found, straight = [], f'{undisturbed(work)}/out'
-    for ranks in (1, 2):
+    for ranks, kind, number in ((1, 'encoder', 15), (1, 'decoder', 2), (2, 'encoder', 15), (2, 'decoder', 2)):
         before = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] * (ranks > 1)
-        for kind in ('encoder', 'decoder'):
-            whole, out = f'{work}/whole_2' if ranks > 1 else straight, f'{work}/resume_{ranks}'
-            if ranks > 1:
-                ended(python(*before, *training(kind, work, whole)[0]))
-            command, metrics = training(kind, work, out)
-            process = python(*before, *command)
-            wait_for_step(process, metrics, 10)
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
-            stopped = load_checkpoint(out, kind)['step']
-            assert 0 < stopped < 40, 'the run was over before the signal'
-            ended(python(*before, *command), says=f'going on from step {stopped} of')
-            assert_same_run(kind, work, out, whole)
-            found.append((f'{kind}, ranks: {ranks}; stopped at step {stopped} of 40', 1,
-                          'bit-identical checkpoints; the same rows of metrics'))
+        whole, out = f'{work}/whole_2' if ranks > 1 else straight, f'{work}/resume_{ranks}'
+        if ranks > 1:
+            ended(python(*before, *training(kind, work, whole)[0]))
+        command, metrics = training(kind, work, out)
+        process = python(*before, *command)
+        while not os.path.exists(metrics) or not any(int(r['step']) >= 10 for r in rows(metrics)):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        process.send_signal(number)
+        if ranks == 1:
+            ended(process, 128 + number, 'the same command goes on')
+        process.communicate(timeout=60)
+        stopped = load_checkpoint(out, kind)['step']
+        assert 0 < stopped < 40, 'the run was over before the signal'
+        ended(python(*before, *command), says=f'going on from step {stopped} of')
+        assert_same_run(kind, work, out, whole)
+        found.append((f'{kind}, ranks: {ranks}, signal {number} at step {stopped} of 40', 1,
+                      'saved; then bit-identical checkpoints and the same rows of metrics'))
     return found
 
 
 def signals(work, share):
-    """Ctrl-C and SIGTERM in training; Ctrl-C at any time of prepare.py."""
-    found = []
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        command, metrics = training('encoder', undisturbed(work), f'{work}/signal_{code}')
-        process = python(*command, '--max_iters=100000')
-        wait_for_step(process, metrics, 10)
-        process.send_signal(number)
-        line = ended(process, code, 'the same command goes on')
-        found.append((f'{number.name} in training', 1, f'exit code {code}: ' + line.replace(work, '')))
-    for delay in (0.1, 0.3, 0.6, 1, 2):
-        process = python(*BIBLE, f'--data_dir={work}/none_{delay}')
-        time.sleep(delay)
+    """Ctrl-C at any time of prepare.py."""
+    for tenths in range(1, 25, 3):
+        process = python(*BIBLE, f'--data_dir={work}/none_{tenths}')
+        time.sleep(tenths / 10)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate()
-        assert process.returncode in (-signal.SIGINT, 130), said
-        assert 'Traceback' not in said, said
-    return [*found, ('SIGINT while prepare.py starts and works', 5, 'ended by it, no traceback')]
+        assert process.returncode in (-signal.SIGINT, 130) and 'Traceback' not in said, said
+    return [('SIGINT while prepare.py starts and works', 8, 'ended by it, no traceback')]
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Disk and files
 
 def disk(work, share):
@@ -219,65 +204,47 @@ def disk(work, share):
         found.append((f'train_{kind}.py', len(sizes), 'checkpoint untouched: ' + ' / '.join(sorted(lines))))
     lines = set()
     for size in sizes[:3]:
-        command, out = [*BIBLE, '--max_docs=200', f'--data_dir={work}/disk_{size}'], f'{work}/disk_{size}'
+        out = f'{work}/disk_{size}'
+        command = [*BIBLE, '--max_docs=200', f'--data_dir={out}']
         lines.add(full(size, command, out))
         ended(python(*command))  # there is room again
         assert_files_equal(f'{work}/data', out)
-    return [*found, ('prepare.py', len(lines), 'with room again the same bytes: ' + ' / '.join(sorted(lines)))]
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+    return [*found, ('prepare.py', len(sizes), 'later the same bytes: ' + ' / '.join(sorted(lines)))]
 
 
 def files(work, share):
-    """Each file of a set, and checkpoints, cut short, emptied, gone, or pickles with code."""
-    harmed, tried, path = shutil.copytree(f'{undisturbed(work)}/data', f'{work}/harmed'), 0, f'{work}/harmed.pt'
-
-    def refused(f, name):
-        try:
-            f()
-        except UserError as error:
-            assert name in str(error), error
-            return 1
-        raise AssertionError(f'{name} was taken for whole')
+    """Each file of a set cut short, emptied or gone."""
+    harmed, tried = shutil.copytree(f'{undisturbed(work)}/data', f'{work}/harmed'), 0
     for name in sorted(os.listdir(harmed)):
         content = open(f'{harmed}/{name}', 'rb').read()
         for part in (content[:len(content) // 2], content[:-1], b'', None):
             os.unlink(f'{harmed}/{name}')
             if part is not None:
                 open(f'{harmed}/{name}', 'wb').write(part)
-            tried += refused(lambda: [prepare.Corpus(harmed, split) for split in ('train', 'val')], name)
+            said = ''
+            try:
+                prepare.Corpus(harmed, 'train'), prepare.Corpus(harmed, 'val')
+            except UserError as error:
+                said = str(error)
+            assert name in said, f'{part and len(part)} bytes of {name}: {said}'
+            tried += 1
         open(f'{harmed}/{name}', 'wb').write(content)
-    content = open(f'{work}/out/encoder.pt', 'rb').read()
-    code = {'format': FORMAT, 'kind': 'encoder', 'model': Payload(f'{work}/ran')}
-    torch.save(code, path)
-    for harm in (open(path, 'rb').read(), pickle.dumps(code, 2), content[:len(content) // 2], content[:-1], b''):
-        open(path, 'wb').write(harm)
-        refused(lambda: load_checkpoint(path, 'encoder'), path)
-    assert not os.path.exists(f'{work}/ran'), 'code in a pickle ran'
-    return [('files of a set, cut, emptied or gone', tried, 'refused on opening and named'),
-            ('checkpoints cut, emptied, with code in them', 5, 'refused and named; no code ran')]
+    return [('files of a set, cut, emptied or gone', tried, 'refused on opening and named')]
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bad input, and large
 
-NASTY = ['<|endoftext|>', '</s>', '\ud800', '\udfff x', '\0', '\x1c\x85\u2028', '\ufeff', '\u00a0', '👩‍👩‍👧', 'é' * 50,
-         '\n' * 50, 'x' * 5000, 'Mr. ', '. ' * 40, '…!?', '你好。', 'مرحبا. ', '\r\n', "'s", '\\ud800', '[' * 30]
+NASTY = ['<|endoftext|>', '</s>', '\ud800', '\udfff x', '\0', '\x1c\x85\u2028', '\ufeff', '\u00a0', '👩‍👩‍👧',
+         'é' * 50, '\n' * 50, 'x' * 5000, 'Mr. ', '. ' * 40, '…!?', '你好。', 'مرحبا. ', '\r\n', "'s", '\\ud800']
 
 
 def fuzz(work, share):
-    """Text that nobody meant: sentences, tokens, concepts and back, readers of files, settings."""
+    """What nobody meant, as text and as settings. (test_prepare.py does so with files.)"""
     from hypothesis import HealthCheck, given, seed, settings
     from hypothesis import strategies as st
-    reader, writer = (load(f'{undisturbed(work)}/out', 'cpu') for load in (lib.load_encoder, lib.load_decoder))
+    out = f'{undisturbed(work)}/out'
+    reader, writer = lib.load_encoder(out, 'cpu'), lib.load_decoder(out, 'cpu')
 
     def letters(x):
         return ''.join(prepare.clean(x).replace('\ufeff', '').split())
@@ -290,8 +257,8 @@ def fuzz(work, share):
     def tokens(some):
         some = [prepare.clean(x) for x in some]
         found = prepare.encode_documents(some, reader.tokenizer.encode, 16)
-        for x, (ids, lengths) in zip(some, found, strict=True):  # no document loses a letter to its neighbours
-            assert lengths.sum() == len(ids) and lengths.max(initial=0) <= 16 and reader.tokenizer.eos not in ids
+        for x, (ids, lengths) in zip(some, found, strict=True):  # no letter goes to another document
+            assert lengths.sum() == len(ids) and lengths.max(initial=0) <= 16
             assert letters(reader.tokenizer.decode(ids)) == letters(x)
 
     def concepts(some):
@@ -300,38 +267,24 @@ def fuzz(work, share):
         assert len(writer.generate(z, temperature=1, max_tokens=5)) == len(some)
         assert np.isfinite(reader.predict_next(some)).all()
 
-    def read(kind, pack, content, separator):
-        path = f'{work}/x.{kind}{pack[0]}'
-        for part in (content, pack[1](content), pack[1](content)[:-3]):
-            open(path, 'wb').write(part)
-            try:
-                assert all(x is None or isinstance(x, str) for x in prepare.read_file(path, 'text', separator))
-                assert not (pack[0] and part == pack[1](content)[:-3]), 'half an archive was taken for whole'
-            except UserError as error:
-                assert path in str(error)
-
     def setting(arguments):
-        names = {'rate': 0.1, 'steps': 10, 'name': 'a', 'fast': True, '__file__': f'{work}/s.py', '__name__': ''}
+        names = {'rate': 0.1, 'steps': 10, 'name': 'a', 'fast': True, '__file__': script, '__name__': ''}
         try:
             override(names, arguments, positive=('steps',), shares=('rate',))
             assert names['steps'] >= 1 and 0 <= names['rate'] < 1
         except SystemExit as error:
             assert isinstance(error.code, str) and len(error.code.splitlines()) == 1, error
-    with open(f'{work}/s.py', 'w') as f:
+    with open(script := f'{work}/s.py', 'w') as f:
         f.write("\n# Settings\nrate = 0.1\nsteps = 10\nname = 'a'\nfast = True\n# ---\n")
     text = st.lists(st.one_of(st.text(), st.sampled_from(NASTY)), max_size=8).map(''.join)
     value = st.one_of(st.text(), st.integers().map(str), st.floats().map(str), st.just('9' * 5000))
-    argument = st.one_of(st.builds('--{}={}'.format, st.sampled_from(['rate', 'steps', 'name', 'fast', 'x']), value),
-                         st.sampled_from(['a.py', '--', '--=', '\0.py', '--a\nb=1', 'x']))
-    content = st.one_of(st.binary(), text.map(lambda x: json.dumps({'text': x}).encode()))
-    packs = st.sampled_from([('', bytes), ('.gz', gzip.compress), ('.xz', lzma.compress)])
-    kinds, separators = st.sampled_from(['txt', 'jsonl', 'parquet']), st.sampled_from(['', '\n\n', '<s>'])
+    named = st.builds('--{}={}'.format, st.sampled_from(['rate', 'steps', 'name', 'fast', 'x']), value)
+    argument = st.one_of(named, st.sampled_from(['a.py', '--', '--=', '\0.py', '--a\nb=1', 'x']))
     found, how = [], {'deadline': None, 'database': None, 'suppress_health_check': list(HealthCheck)}
-    for check, n, given_as in ((sentences, 8000, [text]), (tokens, 4000, [st.lists(text, max_size=4)]),
-                               (setting, 4000, [st.lists(argument, max_size=4)]),
-                               (read, 3500, [kinds, packs, content, separators]),
-                               (concepts, 500, [st.lists(text, min_size=1, max_size=4)])):
-        seed(0)(settings(max_examples=many(n, share), **how)(given(*given_as)(check)))()
+    for check, n, given_as in ((sentences, 10_000, text), (tokens, 5000, st.lists(text, max_size=4)),
+                               (setting, 5000, st.lists(argument, max_size=4)),
+                               (concepts, 500, st.lists(text, min_size=1, max_size=4))):
+        seed(0)(settings(max_examples=many(n, share), **how)(given(given_as)(check)))()
         found.append((check.__name__, many(n, share), 'as they should be'))
     return found
 
@@ -352,31 +305,28 @@ def sparse(work, share, length=1000):
     for name, content in (('meta.json', {'dtype': 'uint16', 'tokenizer': {}}), ('done', {'train': headers})):
         with open(f'{folder}/{name}', 'w') as f:
             json.dump(content, f)
-    began, n_open = time.time(), len(os.listdir('/proc/self/fd'))
+    began = time.time()
     corpus = prepare.Corpus(folder, 'train')
     corpus.batch(0, 0, 1, 4, 4096, 8)
     first = time.time() - began
-    assert first < 2, f'the first batch took {first:.1f} s'
     for k, n in enumerate(sizes):
         for i in (0, n // 2, n - 1):
             ids = corpus.document(int(corpus.first[k, 0]) + i // 10)[i % 10]
             assert (ids == 1 + k % 7 + i % 1000).all(), (k, i)
-    for step in (1, 10_000, corpus.n_windows(4096) // 4 - 1):
-        assert ((corpus.batch(step, 0, 1, 4, 4096, 8)['sentence'] >= 0).sum(1) >= 3000).all()
-    n_open = len(os.listdir('/proc/self/fd')) - n_open
-    assert n_open < 20
-    return [(f'{corpus.n_tokens:,} tokens in {len(sizes)} shards', 1, f'first batch after {first:.2f} s; first, '
-             f'middle and last sentence of each shard right; {n_open} files open')]
+    n_open = len(os.listdir('/proc/self/fd'))
+    assert first < 2 and n_open < 40, (first, n_open)
+    return [(f'{corpus.n_tokens:,} tokens in {len(sizes)} shards', 1, f'first batch after {first:.2f} s; '
+             f'first, middle and last sentence of each shard right; {n_open} files open')]
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PARTS = {f.__name__: f for f in (kills_prepare, kills_train, resume, signals, disk, files, fuzz, sparse)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', default=','.join(PARTS), help='parts, by name: ' + ', '.join(PARTS))
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--only', default=','.join(PARTS), help='parts, by name: %(default)s')
     parser.add_argument('--share', type=float, default=1.0, help='of the repetitions')
     parser.add_argument('--results', default=os.path.join(ROOT, 'tests', 'results'))
     a = parser.parse_args()

@@ -64,8 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        length, files = int(self.headers.get('Content-Length') or 0), self.server.files
-        body = self.rfile.read(length).decode()
+        body, files = self.rfile.read(int(self.headers.get('Content-Length') or 0)), self.server.files
         self.server.asked.append(path)
         _, _, route = path.partition(f'/datasets/{REPO}')
 
@@ -83,8 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             self.json([{'type': 'directory', 'path': f, 'size': 0, 'oid': COMMIT} for f in sorted(folders)]
                       + [entry(name) for name in inside if deep or '/' not in name[len(base):]])
         elif route.startswith('/paths-info/'):
-            read = json.loads if body[:1] == '{' else urllib.parse.parse_qs
-            self.json([entry(name) for name in read(body)['paths'] if name in files])
+            read = json.loads if body[:1] == b'{' else urllib.parse.parse_qs
+            self.json([entry(name) for name in read(body.decode())['paths'] if name in files])
         else:
             self.json({'id': REPO, 'sha': COMMIT, 'private': False, 'gated': False, 'downloads': 0,
                        'tags': [], 'siblings': [{'rfilename': name} for name in files]})

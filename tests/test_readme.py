@@ -1,63 +1,52 @@
-"""README.md and tests/results/README.md: tables are those of the files, links lead somewhere, commands exist."""
+"""README.md and tests/results/README.md: links lead somewhere, commands name scripts, presets and settings that exist."""
 
 import os
 import re
 import shlex
 
 import pytest
-import tables
 from conftest import ROOT
 
-TEXTS = {}
-for place in tables.PLACES:
+PLACES = 'README.md', 'tests/results/README.md'
+
+
+def read(place):
     with open(os.path.join(ROOT, place), encoding='utf-8') as f:
-        TEXTS[place] = f.read()
+        return f.read()
 
 
-def test_tables_are_those_of_the_files():
-    found = tables.tables()
-    for name, (_, _, *rows) in found.items():
-        assert all(row.split(' | ', 1)[1].strip('| ') for row in rows), name
-    assert {name for text in TEXTS.values() for name in re.findall(r'<!-- (?!end)(.+?) -->\n', text)} == set(found)
-    for place, text in TEXTS.items():
-        assert tables.filled(text, found) == text, f'{place}: run python tests/tables.py --write'
-    assert tables.filled(TEXTS['README.md'], found | {'headline': ['x']}) != TEXTS['README.md'], 'the test would see it'
-
-
-@pytest.mark.parametrize('place', tables.PLACES)
+@pytest.mark.parametrize('place', PLACES)
 def test_links_lead_somewhere(place):
-    folder = os.path.dirname(place)
-    links = re.findall(r'\]\(([^)]+)\)', TEXTS[place])
-    files = re.findall(r'`((?:tests|config)/[\w./]+\.\w+|\w+\.(?:csv|json))`', TEXTS[place])
+    text, folder = read(place), os.path.join(ROOT, os.path.dirname(place))
+    links = [link.partition('#')[0] for link in re.findall(r'\]\(([^)]+)\)', text) if not link.startswith('https:')]
+    files = re.findall(r'`((?:tests|config)/[\w./]+\.\w+)`', text)
     assert links
-    for link in links:
-        file, _, heading = link.partition('#')
-        if link.startswith('https://'):
-            continue
-        assert os.path.exists(os.path.join(ROOT, folder, file)), link
-        if heading:
-            headings = re.findall('^#+ (.*)$', TEXTS[os.path.normpath(os.path.join(folder, file))], re.MULTILINE)
-            assert heading in {re.sub(r'[^\w-]', '', h.lower().replace(' ', '-')) for h in headings}, link
-    for file in files:
-        if '/' in file or folder:
-            assert os.path.exists(os.path.join(ROOT, '' if '/' in file else folder, file)), file
+    for path in [os.path.join(folder, link) for link in links if link] + [os.path.join(ROOT, f) for f in files]:
+        assert os.path.exists(path), path
 
 
-@pytest.mark.parametrize('place', tables.PLACES)
-def test_commands_name_scripts_presets_and_settings_that_there_are(place):
+@pytest.mark.parametrize('place', PLACES)
+def test_commands_exist(place):
     seen = 0
-    for command in re.findall(r'^ {4}(.*\.py .*)$', TEXTS[place].replace('\\\n', ''), re.MULTILINE):
+    for command in re.findall(r'^ {4}(.*\.py\b.*)$', read(place).replace('\\\n', ''), re.MULTILINE):
         words = shlex.split(command, comments=True)
-        at = next((i for i, word in enumerate(words) if re.fullmatch(r'(tests/)?\w+\.py', word)), None)
-        if at is None:
+        script = next((i for i, word in enumerate(words) if re.fullmatch(r'(tests/)?\w+\.py', word)), None)
+        if script is None:
             continue
-        with open(os.path.join(ROOT, words[at]), encoding='utf-8') as f:
-            source = f.read()
-        seen += 1
-        for word in words[at + 1:]:
+        source, seen = read(words[script]), seen + 1
+        for word in words[script + 1:]:
             name = word.partition('=')[0]
             if name.startswith('--'):
-                assert re.search(rf"^{name[2:]} = |'{name}'", source, re.MULTILINE) or name == '--help', f'{words[at]} {word}'
+                assert re.search(rf"^{name[2:]} = |'{name}'", source, re.MULTILINE), f'{words[script]} {word}'
             elif name.startswith('config/'):
                 assert os.path.exists(os.path.join(ROOT, name)), name
     assert seen > 3
+
+
+def test_names_in_the_table_of_places_exist():
+    rows = re.findall(r'^\| [^|]+ \| (.*?) \|$', read('README.md').partition('## Hack it')[2], re.MULTILINE)
+    code = ''.join(map(read, ('prepare.py', 'model.py', 'train_encoder.py', 'train_decoder.py', 'config/run.py', 'evaluate.py')))
+    names = [name.rpartition('.')[2] for row in rows for name in re.findall(r'`([\w.]+)`', row)]
+    assert len(names) > 10
+    for name in names:
+        assert re.search(rf'\b(def|class) {name}\b', code), name
