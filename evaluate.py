@@ -70,13 +70,13 @@ class Pairs:
     are not two documents.
     """
 
-    def __init__(self, data, n_pairs, rng, per_document=None):
+    def __init__(self, data, n_pairs, rng, per_document=50):
         self.sentences, document, target = [], [], []
         for number, d in enumerate(np.random.default_rng(0).permutation(data.n_documents)):
             ids, first = data.document(d), len(self.sentences)
             self.sentences += ids
             document += [number] * len(ids)
-            drawn = rng.permutation(np.arange(1, len(ids)))[:per_document or n_pairs // 4]
+            drawn = rng.permutation(np.arange(1, len(ids)))[:per_document]
             target += sorted(first + drawn)
             if len(target) >= n_pairs:
                 break
@@ -264,12 +264,18 @@ def load(path, folder):
         return read(file, device, dtype, *kind) if os.path.exists(file) else None
     models = {'model': (load_encoder(path, device, dtype), beside('decoder', load_decoder)),
               'step 0': (beside('encoder_init', load_encoder), beside('decoder_init', load_decoder))}
+    language_model = beside('language_model', load_decoder, 'language_model')
     for name, (encoder, decoder) in models.items():
         if encoder and decoder and abs(decoder.fingerprint / encoder.fingerprint - 1) > 1e-6:
             print(f'the decoder of {name} in {folder} was trained on another encoder: it is left out',
                   file=sys.stderr)
             models[name] = encoder, None
-    return {k: v for k, v in models.items() if v[0]}, beside('language_model', load_decoder, 'language_model')
+    for name, other in (('language_model', language_model), ('decoder_init', models['step 0'][1])):
+        decoder = models['model'][1]
+        if other and decoder and (other.step, other.model.config) != (decoder.step, decoder.model.config):
+            print(f'{name}.pt has {other.step} steps, decoder.pt {decoder.step}, or another size: its rows '
+                  'do not compare like with like', file=sys.stderr)
+    return {k: v for k, v in models.items() if v[0]}, language_model
 
 # ----------------------------------------------------------------------------------------------------
 # What all parts read
@@ -316,8 +322,8 @@ class Study:
         self.spaces = {name: Space(*pair, x, t) for name, pair in models.items()}
         self.model = m = self.spaces['model']
         # whitened on as many sentences as the model's own space
-        lots = m.encoder.random(Pairs(train_data, 50 * m.encoder.dim, rng).sentences, seed)
-        self.spaces['random encoder'] = Space(lots, None, x, t)
+        untrained = m.encoder.random(Pairs(train_data, 50 * m.encoder.dim, rng).sentences, seed)
+        self.spaces['random encoder'] = Space(untrained, None, x, t)
         self.predicted = {name: (m, p) for name, p in m.p.items()} | {
             name: (space, space.p['model']) for name, space in self.spaces.items()}
         self.tokenizer = m.encoder.tokenizer
@@ -365,11 +371,12 @@ def information(s):
 def similarity(s):
     """Skill, and cosines with the truth, another sentence of its document and one of another document."""
     rows, x, near = {}, s.x, s.near[:, 0]
+    beside = near != x.target  # there is another sentence in the document
     for name, (space, p) in s.predicted.items():
         value, mean = (skill(q, space.truth, space.mean, x.owner) for q in (p, space.p['window mean']))
         rows[name] = {'skill': value, "skill less the window mean's": value - mean,
                       'cosine, true': draws(cosine(p, space.truth), x.owner),
-                      'in document': draws(cosine(p, space.z[near]), x.owner, near != x.target),
+                      'in document': draws(beside * cosine(p, space.z[near]), x.owner, beside),
                       'unrelated': draws(cosine(p, space.truth[x.partner]), x.owner)}
     return {'feature similarity': rows}
 

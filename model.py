@@ -8,8 +8,9 @@
     concept = whiten(z) = normalize((z - mu) W)
     loss = 1 - cos(p[i], concept[i + 1])    for neighbours in one document
 
-Training centres targets on the mean of their micro-batch, inputs on the running mean; afterwards both are
-centred on the running mean. W is always a running one. With context='concepts' the predictor learns from two
+The whitening prevents collapse: without it EMA and cosine collapse within 150 steps. Training centres targets
+on the mean of their micro-batch, inputs on the running mean; afterwards both are centred on the running mean.
+W is always a running one. With context='concepts' the predictor learns from two
 inputs: c, and the targets' own concepts, which it reads after training.
 
 Letters in shapes: B rows, T tokens in a row, S sentences in a row, D the width of a concept, V the
@@ -326,7 +327,6 @@ class Whitening(nn.Module):
         self.register_buffer('mean', torch.zeros(dim))
         self.register_buffer('cov', torch.eye(dim))
         self.register_buffer('W', torch.eye(dim))
-        self.register_buffer('steps', torch.zeros((), dtype=torch.long))
 
     def forward(self, z, used=None):
         """Sentence means z (B, S, D) -> unit-norm concepts (B, S, D), fp32; shorter where z is the mean.
@@ -349,16 +349,13 @@ class Whitening(nn.Module):
         return torch.cat((used.sum().double()[None], x.sum(0), (x.T @ x).flatten()))
 
     @torch.no_grad()
-    def update(self, moments):
-        """Take a step's moments into the running ones. Cumulative average until 1 / n falls below 1 -
-        rate."""
+    def update(self, moments, share=None):
+        """Take a step's moments into the running ones, by `share`, or 1 - rate and 1 - mean_rate."""
         n, d = moments[0].clamp(min=1), len(self.mean)
         mean, cov = moments[1:1 + d] / n, moments[1 + d:].view(d, d) / n
-        self.steps += 1
-        share = 1.0 / self.steps.float()
         # the mean is followed more closely: one that lags leaves all concepts a direction in common
-        self.mean += mean.float() * share.clamp(min=1.0 - self.mean_rate)
-        self.cov.lerp_((cov - mean.outer(mean)).float(), share.clamp(min=1.0 - self.rate))
+        self.mean += mean.float() * (share or 1.0 - self.mean_rate)
+        self.cov.lerp_((cov - mean.outer(mean)).float(), share or 1.0 - self.rate)
 
     @torch.no_grad()
     def refresh(self):
@@ -376,7 +373,7 @@ class Whitening(nn.Module):
             total = total + all_sum(self.moments(z, used))
             if total[0] >= 50 * len(self.mean):
                 break
-        self.update(total)
+        self.update(total, share=1.0)
         self.refresh()
 
 @torch.no_grad()
@@ -498,15 +495,14 @@ class JEPA(nn.Module):
         c = self.whitening(self.means(self.encoder, tokens, sentence, document, mask))
         return self.predictor(c, document)
 
-    def forward(self, tokens, sentence, document, concepts, mask):
-        """The loss, summed over pairs of neighbours, of predicting `concepts` (B, S, D), the whitened
-        targets."""
+    def forward(self, tokens, sentence, document, z, concepts, mask):
+        """The loss, summed over pairs of neighbours, of predicting `concepts` (B, S, D): z, whitened."""
         means = self.means(self.encoder, tokens, sentence, document, mask)
         c = self.whitening(means)
         if self.objective.target == 'shared':  # the targets are the inputs, with gradient
             read = [concepts := c]
         else:
-            read = [c, concepts] if self.config.context == 'concepts' else [c]
+            read = [c, self.whitening(z)] if self.config.context == 'concepts' else [c]
         kind, follows = self.objective.loss, pairs(document)
         losses = [pair_loss(self.predictor(x, document), concepts, document, kind) for x in read]
         loss = (sum(losses) / len(losses) * follows).sum()
@@ -524,11 +520,12 @@ class JEPA(nn.Module):
         return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
 
 # ----------------------------------------------------------------------------------------------------
-# Objectives: what training minimises. One switch each, compared in tests/ablate.py.
+# Objectives: what training minimises. One switch each, compared in tests/ablate.py. The whitening's switch
+# and the centring of targets are in train_encoder.py's loop, the predictor's inputs in JEPA.forward.
 
 @dataclass
 class Objective:
-    """The settings of train_encoder.py, which has the switch of the whitening too."""
+    """The settings of the same names in train_encoder.py."""
     loss: str = 'cosine'  # or 'mse', 'infonce'
     target: str = 'ema'  # or 'stopgrad': the encoder as it is; 'shared': that, and with gradient
     reg: str = 'none'  # or 'vicreg', 'sigreg': of the online encoder's sentence means
@@ -615,13 +612,12 @@ def optimizer_groups(model, weight_decay, embedding_scale=1.0, predictor_scale=1
     tables, groups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}, {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            table, predictor = id(p) in tables, name.startswith('predictor.')
-            scale = embedding_scale if table else predictor_scale if predictor else 1.0
-            groups.setdefault((scale, p.dim() >= 2 and not table), []).append(p)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    assert sum(map(len, groups.values())) == len(trainable), 'a parameter stands in no group or in two'
-    return [{'params': part, 'weight_decay': weight_decay * decays, 'decays': decays, 'scale': scale}
-            for (scale, decays), part in groups.items()]
+            role = 'predictor' if name.startswith('predictor.') else 'other'
+            role = 'embedding' if id(p) in tables else role
+            groups.setdefault((role, p.dim() >= 2 and role != 'embedding'), []).append(p)
+    scales = {'embedding': embedding_scale, 'predictor': predictor_scale, 'other': 1.0}
+    return [{'params': part, 'weight_decay': weight_decay * decays, 'decays': decays, 'scale': scales[role]}
+            for (role, decays), part in groups.items()]
 
 def unit(x):
     """x (..., D) in fp32 at length 1; a zero vector stays zero."""

@@ -38,7 +38,7 @@ from itertools import chain, groupby, islice, pairwise
 
 import numpy as np
 
-from config import UserError, override, write_file
+from config import UserError, override, ranks, write_file
 
 # ----------------------------------------------------------------------------------------------------
 # Settings: override with a preset (config/prepare_*.py) and --name=value
@@ -417,15 +417,21 @@ def begin(s, path, rank, world_size) -> dict:
 
 def prepare(s):
     """Write the data set that the settings ask for, or go on with one that was begun."""
-    from tqdm import tqdm
-    if ('RANK' in os.environ) != ('WORLD_SIZE' in os.environ):
-        raise UserError('of RANK and WORLD_SIZE only one is set: use torchrun, or unset it')
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank, world_size, _ = ranks()
     path = functools.partial(os.path.join, os.path.expanduser(s['data_dir']))
     meta = begin(s, path, rank, world_size)
     if os.path.exists(path('done')):
         print(f"{s['data_dir']} is complete already: for other text remove it, or choose another --data_dir")
         return
+    if not os.path.exists(path(f'part_{rank}')):  # else this rank was done before a kill
+        write_shards(s, path, meta, rank, world_size)
+        write(path(f'part_{rank}'), '')
+    if rank == 0:
+        finish(s, path, world_size)
+
+def write_shards(s, path, meta, rank, world_size):
+    """Hand this rank's chunks to worker processes, but those that are done."""
+    from tqdm import tqdm
     finished = {int(name[6:12]) for name in os.listdir(path('')) if re.fullmatch(r'train_\d+\.bin', name)}
     number, step, place = 0, 1, dict(START)
     if not meta['run']['files'] and s['dataset'] != 'web-bible':  # streams go on at the first missing chunk
@@ -460,9 +466,6 @@ def prepare(s):
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    write(path(f'part_{rank}'), '')
-    if rank == 0:
-        finish(s, path, world_size)
 
 def finish(s, path, world_size):
     """Wait for the other ranks, write `done` and print the summary."""
@@ -598,8 +601,8 @@ class Corpus:
         n_windows = self.n_windows(block_size, prefix)
         for j in range(batch_size):
             epoch, r = divmod((step * n_micro + micro) * batch_size + j, n_windows)
-            start = permuted(r, n_windows, seed, epoch) * block_size
-            start -= int(uniform(f'{seed} {epoch}') * block_size) if n_windows > 1 else 0
+            order, offset = permutation(n_windows, seed, epoch)
+            start = order[r] * block_size - int(offset * block_size) * (n_windows > 1)
             ids, lengths, numbers = self._row(start, block_size, max_sentences, prefix)
             n = len(ids) + prefix * len(lengths)
             tokens[j, :n] = np.insert(ids, np.repeat(np.cumsum(lengths) - lengths, prefix), 0)
@@ -607,15 +610,11 @@ class Corpus:
             document[j, :len(lengths)] = numbers
         return {'tokens': tokens, 'sentence': sentence, 'document': document}
 
-def permuted(i, n, *key):
-    """Place of i in a random permutation of range(n): a Feistel network, walked until it is below n."""
-    bits = (n.bit_length() + 1) // 2
-    while True:
-        for round in range(4):
-            left, right = divmod(i, 2**bits)
-            i = right * 2**bits + (left ^ int(uniform(f'{key} {round} {right}') * 2**bits))
-        if i < n:
-            return i
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    """The order (n,) in which an epoch reads its windows, and their offset from 0 to 1, in windows."""
+    rng = np.random.default_rng((seed, epoch))
+    return rng.permutation(n), rng.random()
 
 # ----------------------------------------------------------------------------------------------------
 

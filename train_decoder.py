@@ -37,7 +37,7 @@ eval_iters = 16  # validation batches an evaluation
 # data: a step reads gradient_accumulation_steps * batch_size rows of block_size, over all ranks together
 batch_size = 16  # rows in a micro-batch
 block_size = 1024  # positions in a row: whole sentences, each with its prefix
-max_sentences = 0  # sentences in a row at most; 0: half as many again as the mean row has
+max_sentences = 0  # sentences in a row at most; 0: twice what the mean row has
 gradient_accumulation_steps = 1  # micro-batches a step, shared among the ranks
 # model
 n_layer = 12
@@ -85,13 +85,13 @@ if concept_blur + concept_dropout >= 1:
 kind = 'language_model' if language_model else 'decoder'
 name = kind + '_init' * (os.path.basename(encoder_path) == 'encoder_init.pt')  # of the files
 run = Run(settings, name, COLUMNS)
-state = load_checkpoint(encoder_path or out_dir, 'encoder')
-jepa = lib.JEPA(lib.JEPAConfig(**state['config']))
-jepa.load_state_dict(state['model'])
+source = load_checkpoint(encoder_path or out_dir, 'encoder')
+jepa = lib.JEPA(lib.JEPAConfig(**source['config']))
+jepa.load_state_dict(source['model'])
 jepa.to(run.device).eval().requires_grad_(False)
-data_dir = data_dir or state['settings']['data_dir']
+data_dir = data_dir or source['settings']['data_dir']
 train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
-if state['tokenizer']['sha256'] != train_data.meta['tokenizer']['sha256']:
+if source['tokenizer']['sha256'] != train_data.meta['tokenizer']['sha256']:
     raise UserError(f"{data_dir} has another tokenizer than the encoder read: prepare it with that one")
 max_sentences = max_sentences or train_data.max_sentences(block_size, n_prefix)
 rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences,

@@ -35,7 +35,7 @@ eval_iters = 16  # validation batches an evaluation
 # data: a step reads gradient_accumulation_steps * batch_size rows of block_size, over all ranks together
 batch_size = 16  # rows in a micro-batch
 block_size = 1024  # tokens in a row: whole sentences, of one or more documents
-max_sentences = 0  # sentences in a row at most; 0: half as many again as the mean row has
+max_sentences = 0  # sentences in a row at most; 0: twice what the mean row has
 gradient_accumulation_steps = 1  # micro-batches a step, shared among the ranks
 # model
 n_layer = 12
@@ -167,9 +167,10 @@ def first_batches():
     for i in tqdm(range(max(n, 1)), 'start', leave=False, disable=run.rank > 0 or not sys.stderr.isatty()):
         yield from map(run.to_device, run.micro_batches(train_data, i, rows))
 
-def sentence_means(tokens, sentence, document):
-    """The target's sentence means and which of them are sentences."""
-    own, _ = model.masks(sentence, document, attention)
+@torch.no_grad()
+def sentence_means(tokens, sentence, document, own=None):
+    """The target's sentence means (B, S, D), and which of them are sentences (B, S)."""
+    own = model.masks(sentence, document, attention)[0] if own is None else own
     with run.autocast:
         return targets(tokens, sentence, document, own), document >= 0
 
@@ -189,30 +190,30 @@ if not run.step and whiten:
 
 @torch.no_grad()
 def neighbours(corpus, n):
-    """Of the pairs in n batches: predictions, true next, last, and mean of the last 8 concepts, each (pairs,
-    D); document and place in the row (pairs,)."""
+    """Of the pairs in n batches: predictions, true next, last, and mean of the last 8 concepts (pairs, D);
+    document, row and place in the row (pairs,)."""
     parts = []
-    for tokens, sentence, document in run.validation_batches(corpus, n, rows):
+    for i, (tokens, sentence, document) in enumerate(run.validation_batches(corpus, n, rows)):
         z = model.whitening(sentence_means(tokens, sentence, document)[0])
         with run.autocast:
             p = model.predictor(z, document) if context == 'concepts' else \
-                model.predict(tokens, sentence, document, model.masks(sentence, document, attention)[1])
+                model.predict(tokens, sentence, document, model.masks(sentence, document)[1])
         row, place = lib.pairs(document).nonzero(as_tuple=True)
         size = (lib.place_in_sentence(document) + 1).clamp(max=8)  # of the window that ends at each sentence
         total = torch.nn.functional.pad(z.cumsum(1), (0, 0, 1, 0))
         start = torch.arange(1, max_sentences + 1, device=z.device) - size
         window = total[:, 1:] - lib.at_positions(total, start)
         parts.append((p[row, place], z[row, place + 1], z[row, place], (window / size[..., None])[row, place],
-                      document[row, place], place))
+                      document[row, place], i * batch_size + row, place))
     return [torch.cat(x) for x in zip(*parts)]
 
-def reciprocal_ranks(p, z, document, place):
-    """Mean reciprocal rank of z[i] given p[i] among other documents' z, and among its own document's outside
-    the window of 8 sentences before; chance of the latter. On at most 1,000 pairs spread evenly."""
+def reciprocal_ranks(p, z, document, row, place):
+    """Mean reciprocal rank of z[i] given p[i] among other documents' z, and among its own document's in its
+    row but the window of 8 sentences before; chance of the latter. On at most 1,000 pairs spread evenly."""
     query = torch.linspace(0, len(p) - 1, min(len(p), 1000), device=p.device).long()
     similar, same = lib.unit(p)[query] @ z.T, document[query, None] == document
     distance = place - place[query, None]
-    inside = same & ((distance > 0) | (distance < -8))
+    inside = same & (row[query, None] == row) & ((distance > 0) | (distance < -8))
     harmonic = torch.arange(1, len(z) + 1, device=p.device, dtype=torch.float32).reciprocal().cumsum(0)
     n = 1 + inside.sum(1)
     return [(1 / lib.worst_ranks(similar, query, allowed).float()).mean() for allowed in (~same, inside)] + \
@@ -226,10 +227,10 @@ def evaluate():
     mean, (scale, *scales) = z.mean(0), [lib.fit_scale(x, z) for x in (p, last, window)]
     model.prediction_scale.copy_(run.all_sum(scale) / run.world_size)
     train_skill = lib.skill(model.prediction_scale * p, z, mean)
-    p, z, last, window, document, place = neighbours(val_data, eval_iters)
+    p, z, last, window, document, *places = neighbours(val_data, eval_iters)
     copy_skill, window_skill = (lib.skill(a * x, z, mean) for a, x in zip(scales, (last, window)))
-    mrr, doc_mrr, chance = reciprocal_ranks(p, z, document, place)
-    copy_mrr, doc_copy_mrr, _ = reciprocal_ranks(last, z, document, place)
+    mrr, doc_mrr, chance = reciprocal_ranks(p, z, document, *places)
+    copy_mrr, doc_copy_mrr, _ = reciprocal_ranks(last, z, document, *places)
     half, cosine = len(z) // 2, (lib.unit(p) * z).sum(1)
     unrelated = (lib.unit(p) * z.roll(half, 0)).sum(1)[document != document.roll(half)]
     values = {'train_skill': train_skill, 'val_loss': 1 - cosine.mean(),
@@ -292,13 +293,13 @@ while True:
     total, moments = torch.zeros((), device=run.device), 0
     for i, batch in enumerate(batches):
         tokens, sentence, document = run.to_device(batch)
-        used, last = document >= 0, run.world_size == 1 or i == len(batches) - 1
+        last = run.world_size == 1 or i == len(batches) - 1
         with nullcontext() if last else forward.no_sync():  # DDP sums the gradients once a step
+            own, mask = model.masks(sentence, document, attention)
+            z, used = sentence_means(tokens, sentence, document, own)
+            concepts = model.whitening(z, used if whiten else None)
             with run.autocast:
-                own, mask = model.masks(sentence, document, attention)
-                z = targets(tokens, sentence, document, own)  # (B, S, D)
-                concepts = model.whitening(z, used if whiten else None)
-                part = forward(tokens, sentence, document, concepts, mask) / max(n_pairs, 1)
+                part = forward(tokens, sentence, document, z, concepts, mask) / max(n_pairs, 1)
             (part * run.world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
         total += part.detach()
         moments = moments + model.whitening.moments(z, used)

@@ -44,7 +44,7 @@ def override(names: dict, argv: list[str] | None = None, positive=(), shares=(),
         for arg in argv:
             name, equals, text = arg.removeprefix('--').partition('=')
             if arg.startswith('--') and equals:
-                settings[name] = from_text(name, text, known(name, settings))
+                settings[name] = from_text(name, text, known(name, settings), (choices or {}).get(name, ()))
             elif arg.endswith('.py'):
                 stage = STAGES.get(os.path.basename(arg).split('_')[0])
                 if stage and script in {*STAGES.values(), 'evaluate.py'} - {stage}:
@@ -85,11 +85,11 @@ def known(name: str, settings: dict):
         raise UserError(f"unknown setting '{name}': {hint}")
     return settings[name]
 
-def from_text(name: str, text: str, default):
-    """What --name=text means, of the default's type; 'auto' may also be True or False, and 1e3 an int."""
+def from_text(name: str, text: str, default, choices=()):
+    """What --name=text means, of the default's type, or True or False if `choices` has it; 1e3 is an int."""
     kind, low = type(default), text.lower()
     try:
-        if kind is bool or (default == 'auto' and low in BOOLS):
+        if kind is bool or (True in choices and low in BOOLS):
             return BOOLS[low]
         whole = kind is int and 'e' in low and float(text).is_integer()
         return int(float(text)) if whole else kind(text)

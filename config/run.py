@@ -71,8 +71,8 @@ class Run:
         if self.n_micro % self.world_size:
             raise UserError(f'{self.world_size} ranks cannot share --gradient_accumulation_steps='
                             f'{self.n_micro}')
-        if self.world_size > 1 and torch.cuda.is_available() and self.device in ('auto', 'cuda'):
-            self.device = f'cuda:{local}'
+        if self.world_size > 1 and torch.cuda.is_available() and self.device.startswith(('auto', 'cuda')):
+            self.device = f'cuda:{local}'  # whatever number was given: one rank, one GPU
         self.device = pick_device(self.device)
         self.device_type = torch.device(self.device).type
         if self.device_type == 'cuda':
@@ -84,7 +84,7 @@ class Run:
             fast = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
                     'cpu': torch.cpu._is_avx512_bf16_supported}.get(self.device_type, bool)
             self.dtype = 'bfloat16' if fast() else 'float32'
-        if self.compile == 'auto':  # on a CPU plain code is faster: first_edition/variants_cpu.csv
+        if self.compile == 'auto':  # on a CPU plain code is faster: tests/results/first_edition
             self.compile = self.device_type == 'cuda'
         self.autocast = autocast(self.device, self.dtype)
         torch.set_float32_matmul_precision('high')  # fp32 products are TF32 on CUDA
@@ -117,7 +117,7 @@ class Run:
                  *(f'  {name} is now {new!r}, was {old!r}' for name, (old, new) in changed.items()))
         self.step, self.seen, self.seconds = state['step'], state['seen'], state['seconds']
         self.fixed = state['fixed'] | fixed
-        if not changed.keys() & {'data_dir', 'eval_iters', 'batch_size', 'block_size'}:
+        if not changed.keys() & {'data_dir', 'eval_iters', 'batch_size', 'block_size', 'max_sentences'}:
             self.best = state['best']  # else it was measured on other sentences
         return state
 

@@ -92,7 +92,8 @@ class Bench:
                 mark('targets')
                 concepts = jepa.whitening(z, document >= 0)
                 mark('whitening')
-                loss = forward(tokens, sentence, *[document] * encoder, concepts, mask) / a.block_size
+                more = [document, z] if encoder else []
+                loss = forward(tokens, sentence, *more, concepts, mask) / a.block_size
             update(loss, mark)
             if encoder:
                 jepa.whitening.update(jepa.whitening.moments(z, document >= 0))

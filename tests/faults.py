@@ -140,7 +140,7 @@ def kills_train(work, share):
             if os.path.exists(checkpoint):
                 load_checkpoint(checkpoint, kind)  # whole, at every moment
         assert there == ('going on from step' in run.end().stdout)
-        length = min(length, time.time() - began)
+        length = length if there else min(length, time.time() - began)  # of a whole run
         assert_same_run(kind, work, out)
         runs, most = runs + 1, max(most, here)
     return [(f'training, {runs} runs, up to {most} kills each', done,
@@ -236,7 +236,7 @@ def files(work, share):
 # Bad input, and large
 
 NASTY = ['<|endoftext|>', '</s>', '\ud800', '\udfff x', '\0', '\x1c\x85\u2028', '\ufeff', '\u00a0', '👩‍👩‍👧',
-         'é' * 50, '\n' * 50, 'x' * 5000, 'Mr. ', '. ' * 40, '…!?', '你好。', 'مرحبا. ', '\r\n', "'s", '\\ud800']
+         'é' * 50, '\n' * 50, 'x' * 5000, 'Mr. ', '. ' * 40, '…!?', '你好。', '\r\n', "'s", '\\ud800']
 
 
 def fuzz(work, share):

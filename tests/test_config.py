@@ -19,7 +19,8 @@ steps = 10
 name = 'a'  # or b
 fast = True
 compile = 'auto'  # or True
-settings = override(globals(), positive=('steps',), shares=('rate',), choices={'name': ('a', 'b')})
+settings = override(globals(), positive=('steps',), shares=('rate',), choices={'name': ('a', 'b'),
+                    'compile': ('auto', True, False)})
 # ---------
 last = 4
 if name == 'b':
@@ -42,7 +43,8 @@ def names_of(script):
 def given(*argv):
     """The settings that SCRIPT would have with these arguments."""
     names = names_of(PATH)
-    settings = override(names, list(map(str, argv)), ('steps',), ('rate',), {'name': ('a', 'b')})
+    settings = override(names, list(map(str, argv)), ('steps',), ('rate',),
+                        {'name': ('a', 'b'), 'compile': ('auto', True, False)})
     assert {k: names[k] for k in settings} == settings, 'the bare names are the settings'
     return settings
 

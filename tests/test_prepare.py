@@ -25,7 +25,7 @@ import prepare
 from config import UserError
 
 HARD = ['Dr. Smith met J. R. Jones at 3.5 p.m. He said "Go." Then they left (late.) All done?! Yes… no stop',
-        '你好。世界！ Ünïcode naïve 👩‍👩‍👧 text.\n\n\n1. First item\n2. Second item', 'x' * 9000, 'word ' * 3000,
+        '你好。世界！ Ünïcode 👩‍👩‍👧 text.\n\n\n1. First item\n2. Second item', 'x' * 9000, 'word ' * 3000,
         ' \n\t ', '<|endoftext|> is text. So is </s>.', 'مرحبا بالعالم. كيف حالك؟', 'a\x00b. C\x0cd.',
         'Plan B\u00a0. Then.', 'one, two; three: ' * 300]
 RANKS = ('-m', 'torch.distributed.run', '--nproc_per_node=2')
@@ -401,9 +401,9 @@ def test_rows_are_as_designed(corpus_dir, split, packing):
     n = corpus.n_windows(block_size, prefix)
     assert n == max(position // block_size, 1)
     for k in range(2 * n):
-        order = [prepare.permuted(r, n, 3, k // n) for r in range(n)]
+        order, offset = prepare.permutation(n, 3, k // n)
         assert sorted(order) == list(range(n))
-        shift = int(prepare.uniform(f'3 {k // n}') * block_size) if n > 1 else 0
+        shift = int(offset * block_size) if n > 1 else 0
         start, row, used = order[k % n] * block_size - shift, [], 0
         for begin, d, ids in sentences:
             if start <= begin < start + block_size:

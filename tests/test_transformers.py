@@ -1,4 +1,4 @@
-"""With transformers and mteb: models and tokenizers of the hub in place of ours, and what they ask of ours."""
+"""With transformers and mteb: models and tokenizers of the hub for ours, and what they ask of ours."""
 
 import json
 import shutil
