@@ -104,16 +104,17 @@ def kills_prepare(work, share):
     ended(python(*command, f'--data_dir={whole}'))
     length, rng, done, runs, kept = time.time() - began, random.Random(0), 0, 0, 0
     while done < many(100, share):
-        out, finished = f'{work}/prepared_{runs}', {}
+        out, finished, here = f'{work}/prepared_{runs}', {}, 0
         while True:
             process = python(*command, f'--data_dir={out}')
             try:
-                process.communicate(timeout=rng.uniform(0, 1.2 * length))
+                # longer and longer, lest a busy machine never ends it
+                process.communicate(timeout=rng.uniform(0, length * 1.1**here))
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()  # until the workers have closed it too
-                done, finished, length = done + 1, shards(out), 1.05 * length
+                done, here, finished = done + 1, here + 1, shards(out)
         assert process.returncode == 0
         assert finished.items() <= shards(out).items(), 'a finished shard was written again'
         assert_files_equal(whole, out)
@@ -131,12 +132,13 @@ def kills_train(work, share):
         while True:
             there, began = os.path.exists(checkpoint), time.time()
             run = start(*training(kind, undisturbed(work), out)[0])
-            run.process.join(rng.uniform(0, 1.2 * length) if runs else length)  # the first is timed
+            wait = rng.uniform(0, length * 1.1**here)
+            run.process.join(wait if runs else length)  # the first is timed
             if run.process.exitcode is not None:
                 break
             run.process.kill()
             run.process.join()
-            done, here, length = done + 1, here + 1, 1.05 * length  # a machine can become slower
+            done, here = done + 1, here + 1
             if os.path.exists(checkpoint):
                 load_checkpoint(checkpoint, kind)  # whole, at every moment
         assert there == ('going on from step' in run.end().stdout)

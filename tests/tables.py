@@ -14,8 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PLACES = 'README.md', 'tests/results/README.md'
 LESS = 'model less this'
 HEADLINE = {  # section: the baselines beside the model
-    'information of a prediction': ('copy-last', 'step 0', 'language model, reading the window'),
-    'information of a reconstruction': ('step 0',),
+    'information of a prediction': ('copy-last',), 'information of a reconstruction': (),
     'feature similarity': ('copy-last', 'window mean', 'ridge', 'step 0'),
     'retrieval in document': ('copy-last', 'TF-IDF of the window', 'step 0', 'chance'),
     'retrieval corpus': ('copy-last', 'TF-IDF of the window', 'step 0'),
