@@ -596,13 +596,10 @@ def report(folder, s, sections, shows):
            *markdown(sections), '![report](report.png)']
     for row in shows:
         out += ['', *(f'- {k}: ' + re.sub(r'([^\w\s.,;:\'"?])', r'\\\1', v) for k, v in row.items())]
-    try:
-        picture(folder, sections)
-        write_file(os.path.join(folder, 'report.md'), '\n'.join([*out, '']))
-        write_file(os.path.join(folder, 'metrics.json'), json.dumps({
-            'summary': lines, 'metrics': sections, 'settings': settings}, indent=1, default=interval))
-    except OSError as error:
-        raise UserError(f'cannot write to {folder}: {error.strerror or error}') from None
+    picture(folder, sections)
+    write_file(os.path.join(folder, 'report.md'), '\n'.join([*out, '']))
+    metrics = {'summary': lines, 'metrics': sections, 'settings': settings}
+    write_file(os.path.join(folder, 'metrics.json'), json.dumps(metrics, indent=1, default=interval))
     return lines
 
 # ----------------------------------------------------------------------------------------------------
@@ -616,6 +613,8 @@ def answer(encoder, decoder, val):
         raise UserError(f'--steps={steps} needs a decoder' if read else 'the prompt holds no sentence')
     sentences = Pairs(val, 5000, np.random.default_rng(seed)).sentences
     z_all = encoder.encode_tokens(sentences, batch_size)
+    if not decoder:
+        print('no decoder: nothing is written (train_decoder.py makes one)', file=sys.stderr)
 
     def look(what, z, seed=seed):
         """Print validation sentences near the concept z, and what the decoder writes of it: returned."""

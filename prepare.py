@@ -28,6 +28,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 from array import array
@@ -444,7 +445,7 @@ def write_shards(s, path, meta, rank, world_size):
     spawn = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(processes, spawn, start_worker, (meta['tokenizer'],))
     running, look = [], '{elapsed}, {remaining} left{postfix}'
-    bar = tqdm(total=1, bar_format=look, mininterval=10, disable=rank > 0)
+    bar = tqdm(total=1, bar_format=look, mininterval=10, disable=rank > 0 or not sys.stderr.isatty())
     try:
         for chunk in chunks(documents(s, place, rank, world_size), 4 * s['shard_tokens']):
             if number % world_size == rank and number not in finished:
@@ -491,8 +492,9 @@ def finish(s, path, world_size):
     n = train
     print(f"left out: {n['empty']:,} documents without a sentence, {n['no_text']:,} records without text\n"
           f"{n['characters'] / 1e6:.1f}M characters, {n['replaced']:,} not UTF-8, to {s['data_dir']}")
-    if not val['sentences']:
-        print('nothing is held out, and training will ask for it: raise --val_fraction, in a new --data_dir')
+    if val['documents'] < 20:
+        print(f"{val['documents']} documents are held out, too few to measure on: remove the folder, or take "
+              'another --data_dir, and raise --val_fraction')
     if n['characters'] < n['tokens'] + val['tokens'] or max(corpus.token_counts()) > n['tokens'] / 2:
         print('the tokenizer knows little of this text: most tokens are single characters, or unknown; '
               '--tokenizer=bpe:8192 learns from it')

@@ -246,7 +246,8 @@ def describe(v):
     """What an evaluation found, and what looks like collapse, in words."""
     signs = {f"predictions point at unrelated sentences too (cosine {v['val_cos_unrelated']:.2f})":
              v['val_cos_unrelated'] > 0.5,
-             f"concepts fill {v['val_rank']:.0f} of {n_embd} dimensions": v['val_rank'] < 0.1 * n_embd,
+             f"concepts fill {v['val_rank']:.0f} of {n_embd} dimensions":
+             v['val_rank'] < 0.1 * min(n_embd, val_data.n_sentences),
              'predictions are no better than the mean concept': v['val_skill'] <= 0 < run.step - warmup_iters}
     seen = ' and '.join(sign for sign, there in signs.items() if there)
     return ('loss {val_loss:.3f} | skill {val_skill:.3f} (copy {val_copy_skill:.3f}, window mean '
@@ -315,4 +316,4 @@ while True:
     model.update_target(ema)
     run.log_step(total, norm, lr=lr, ema=ema)
 loader.shutdown()
-run.end(checkpoint(), f'Next: python train_decoder.py --out_dir={out_dir}, with a preset config/decoder_*.py')
+run.end(checkpoint(), f'Next: python train_decoder.py config/decoder_<of its size>.py --out_dir={out_dir}')

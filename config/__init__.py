@@ -70,8 +70,10 @@ def override(names: dict, argv: list[str] | None = None, positive=(), shares=(),
 def print_error(script, kind, error, trace):
     """sys.excepthook of the scripts: a mistake, or a full disk, is one line; a bug shows its traceback."""
     if issubclass(kind, KeyboardInterrupt):
-        error = 'interrupted'
-    elif issubclass(kind, OSError) and error.errno in REFUSED:
+        print(f'{script}: interrupted', file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)
+    if issubclass(kind, OSError) and error.errno in REFUSED:
         error = f"cannot write{f' to {error.filename}' if error.filename else ''}: {error.strerror}"
     elif not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)

@@ -82,7 +82,8 @@ def test_mistakes_stop_with_one_line(tmp_path, argument, says):
 
 
 @pytest.mark.parametrize(('arguments', 'code', 'says'), [
-    (['--name=b'], 1, 'script.py: a mistake of two lines\n'), (['--steps=7'], -2, 'script.py: interrupted\n'),
+    (['--name=b'], 1, 'script.py: a mistake of two lines\n'),
+    (['--steps=7'], 130, 'script.py: interrupted\n'),
     (['--steps=0'], 1, 'script.py: .*\n'), (['--name=b', '--fast=0'], 1, 'Traceback[^$]*Error: a bug\n')])
 def test_a_mistake_is_a_line_and_a_bug_a_traceback(arguments, code, says):
     done = run(PATH, *arguments, check=False, PYTHONPATH=ROOT)

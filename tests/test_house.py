@@ -30,7 +30,7 @@ def test_budgets():
     lines = {path: FILES[path].count('\n') for path in LINES}
     assert {path: n for path, n in lines.items() if n > LINES[path]} == {}
     assert sum(map(n_tokens, LINES)) <= 31_500
-    assert sum(text.count('\n') for path, text in FILES.items() if path.startswith('tests')) <= 3620
+    assert sum(text.count('\n') for path, text in FILES.items() if path.startswith('tests')) <= 3625
 
 
 def test_lines_and_functions_fit_a_screen():
