@@ -568,8 +568,7 @@ def infonce(p, concepts, document, temperature=0.1):
 
 def over_ranks(x):
     """x summed over ranks, with gradient: a statistic of all ranks is every rank's."""
-    many = torch.distributed.is_initialized()
-    return torch.distributed.nn.functional.all_reduce(x) if many else x
+    return torch.distributed.nn.functional.all_reduce(x) if torch.distributed.is_initialized() else x
 
 def vicreg(x, used):
     """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the used rows of x

@@ -27,7 +27,7 @@ def pick_device(name: str) -> str:
     name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
     try:
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).partition('.')[0]
         raise UserError(f"--device={name}: {reason}; 'auto' takes what there is") from None
     return name
@@ -75,8 +75,8 @@ class Run:
             self.device = f'cuda:{local}'  # whatever number was given: one rank, one GPU
         self.device = pick_device(self.device)
         self.device_type = torch.device(self.device).type
-        if self.device_type == 'cuda':
-            torch.cuda.set_device(self.device)
+        if self.device.startswith('cuda:'):
+            torch.cuda.set_device(self.device)  # which takes no 'cuda' without a number
         if self.world_size > 1:
             backend = 'cpu:gloo,cuda:nccl' if self.device_type == 'cuda' else 'gloo'
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
