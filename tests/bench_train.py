@@ -305,7 +305,7 @@ def main():
     show([row | machine for row in rows], f'{a.results}/train_{a.device}.csv')
     for width, *_ in sizes:
         speed = {r['workload']: r['GFLOP/s'] for r in rows if r['width'] == width}
-        ratio = {kind: round(speed['language model'] / speed[kind], 2) for kind in ('encoder', 'decoder')}
+        ratio = {k: round(float(speed['language model'] / speed[k]), 2) for k in ('encoder', 'decoder')}
         print(f"{width} wide, time a FLOP over the language model's: {ratio}")
 
 

@@ -177,13 +177,16 @@ def resume(work, share):
 
 def signals(work, share):
     """Ctrl-C at any time of prepare.py."""
+    stopped = 0
     for tenths in range(1, 25, 3):
         process = python(*BIBLE, f'--data_dir={work}/none_{tenths}')
         time.sleep(tenths / 10)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate()
-        assert process.returncode in (-signal.SIGINT, 130) and 'Traceback' not in said, said
-    return [('SIGINT while prepare.py starts and works', 8, 'ended by it, no traceback')]
+        stopped += process.returncode in (-signal.SIGINT, 130)
+        assert process.returncode in (-signal.SIGINT, 130, 0), said  # 0: it was done before
+        assert 'Traceback' not in said, said
+    return [('SIGINT while prepare.py starts and works', stopped, 'ended by it, no traceback')]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,7 +214,7 @@ def disk(work, share):
         lines.add(full(size, command, out))
         ended(python(*command))  # there is room again
         assert_files_equal(f'{work}/data', out)
-    return [*found, ('prepare.py', len(sizes), 'later the same bytes: ' + ' / '.join(sorted(lines)))]
+    return [*found, ('prepare.py', len(sizes[:3]), 'later the same bytes: ' + ' / '.join(sorted(lines)))]
 
 
 def files(work, share):
