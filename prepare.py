@@ -68,10 +68,10 @@ GPT2_FOLDED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 
 @contextlib.contextmanager
 def as_user_error(action, advice):
-    """Turn any error into a UserError: decompressors, pyarrow and the hub's client raise dozens of kinds."""
+    """Turn errors into a UserError: decompressors, pyarrow and the hub's client raise dozens of kinds."""
     try:
         yield
-    except UserError:
+    except (UserError, NameError, AttributeError):  # the last two are bugs, and show their traceback
         raise
     except Exception as error:
         raise UserError(f'cannot {action} ({type(error).__name__}: {str(error)[:300]}); {advice}') from error

@@ -234,5 +234,4 @@ while True:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     run.log_step(total, norm, lr=lr)
-loader.shutdown()
 run.end(checkpoint(), '' if encoder_path else f'Next: python evaluate.py --out_dir={out_dir}')

@@ -315,5 +315,4 @@ while True:
             model.whitening.refresh()
     model.update_target(ema)
     run.log_step(total, norm, lr=lr, ema=ema)
-loader.shutdown()
 run.end(checkpoint(), f'Next: python train_decoder.py config/decoder_<of its size>.py --out_dir={out_dir}')
