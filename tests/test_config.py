@@ -8,7 +8,7 @@ import tempfile
 import pytest
 from conftest import ROOT, run
 
-from config import STAGES, override
+from config import UserError, override
 
 SCRIPT = '''"""What it does."""
 from config import UserError, override
@@ -67,38 +67,38 @@ def test_presets_and_flags_apply_in_order(tmp_path):
 
 @pytest.mark.parametrize(('argument', 'says'), [
     ('--stepz=1', "did you mean 'steps'"), ('--zzzzzzzz=1', '--help'), ('--other=1', 'unknown'),
-    ('--last=1', 'unknown'), ('steps=1', 'cannot read'), ('x.py', 'no preset'), ('--fast=maybe', 'or False'),
+    ('--last=1', 'unknown'), ('steps=1', 'cannot read'), ('x.py', 'No such file'), ('--fast=2', 'bool'),
     ('--steps=1.5', 'int'), ('--steps=1e-1', 'int'), ('--steps=inf', 'int'), ('--steps=0', 'above 0'),
-    ('--rate=1', 'below 1'), ('--rate=inf', 'below 1'), ('--rate=nan', 'below 1'), ('--rate=-0.1', 'below 1'),
+    ('--rate=1', 'below 1'), ('--rate=inf', 'float'), ('--rate=1e999', 'below 1'), ('--rate=-0.1', 'below 1'),
     ('--name=c', 'one of a, b'), ('stepz = 1', "did you mean 'steps'"), ("steps = '1'", 'int'),
-    ('steps = True', 'int'), ('steps = 1.0', 'int'), ('steps = 0', 'above 0'), ('name = None', 'str'),
-    ('1 +', 'not run'), ("raise OSError('2\\nlines')", '2 lines'), (f'{ROOT}/config/run.py', 'not a preset')])
-def test_mistakes_stop_with_one_line(tmp_path, argument, says):
+    ('steps = True', 'int'), ('steps = 1.5', 'int'), ('steps = 0', 'above 0'), ('name = None', 'one of'),
+    ('1 +', 'not run'), ('raise OSError(2)', 'OSError'), (f'{ROOT}/config/run.py', 'not a preset')])
+def test_mistakes_are_named(tmp_path, argument, says):
     if ' ' in argument:  # a preset is checked alike
         (tmp_path / 'p.py').write_text(argument + '\n')
         argument = tmp_path / 'p.py'
-    with pytest.raises(SystemExit, match=f'^(script.py: |config/run.py).*{re.escape(says)}.*$'):
+    with pytest.raises((UserError, SystemExit), match=re.escape(says)):
         given(argument)
 
 
 @pytest.mark.parametrize(('arguments', 'code', 'says'), [
-    (['--name=b'], 1, 'script.py: a mistake of two lines\n'),
-    (['--steps=7'], 130, 'script.py: interrupted\n'),
-    (['--steps=0'], 1, 'script.py: .*\n'), (['--name=b', '--fast=0'], 1, 'Traceback[^$]*Error: a bug\n')])
+    (['--name=b'], 1, 'script.py: a mistake of two lines\n'), (['--steps=0'], 1, 'script.py: .*\n'),
+    (['x\ny.py'], 1, 'script.py: .*\n'), (['--steps=7'], 130, 'script.py: interrupted\n'),
+    (['--name=b', '--fast=0'], 1, 'Traceback[^$]*Error: a bug\n')])
 def test_a_mistake_is_a_line_and_a_bug_a_traceback(arguments, code, says):
     done = run(PATH, *arguments, check=False, PYTHONPATH=ROOT)
     assert (done.returncode, done.stdout) == (code, '')
     assert re.fullmatch(says, done.stderr)
 
 
-@pytest.mark.parametrize('script', [*STAGES.values(), 'evaluate.py'])
+@pytest.mark.parametrize('script', ['prepare.py', 'train_encoder.py', 'train_decoder.py', 'evaluate.py'])
 def test_presets_fit_their_stage_and_no_other_and_help_shows_every_setting(script, capsys):
     for preset in [f for f in os.listdir(f'{ROOT}/config') if re.fullmatch('[a-z]+_.*[.]py', f)]:
         scope, path = names_of(f'{ROOT}/{script}'), f'{ROOT}/config/{preset}'
-        if STAGES[preset.split('_')[0]] == script:
+        if preset.split('_')[0] in script:
             assert override(scope, [path]).get('n_embd', 0) % (2 * scope.get('n_head', 1)) == 0
         else:
-            with pytest.raises(SystemExit, match=f'{script}: .*{preset} is a preset of'):
+            with pytest.raises(UserError, match='is a preset of|unknown setting'):
                 override(scope, [path])
     with pytest.raises(SystemExit, match='^0$'):
         override(names_of(f'{ROOT}/{script}'), ['--help'])
