@@ -13,25 +13,19 @@ is a header (see HEADER), offsets of documents into sentences and of sentences i
 (uint16 or uint32).
 """
 
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
-
 import contextlib
 import functools
 import glob
 import hashlib
-import importlib
 import io
 import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import time
-from array import array
 from bisect import bisect_left
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -56,10 +50,10 @@ max_sentence_tokens = 128  # a longer sentence is cut at a clause or a space
 shard_tokens = 4_000_000  # a chunk has about this many tokens, at 4 characters a token
 num_proc = 0  # worker processes of each rank; 0: one per core
 
-FORMAT = 0x4C4A455041_02  # 'LJEPA', version 2
-HEADER = ('format', 'documents', 'sentences', 'tokens', 'longest',  # sentence, in tokens
-          'characters', 'empty', 'no_text', 'replaced')  # of the chunk, both splits
-MAX_CHARS = 4000  # a longer sentence is cut before it is tokenized: byte-pair encoding is quadratic in a word
+FORMAT = 3  # of what is on disk
+HEADER = ('documents', 'sentences', 'tokens', 'longest',  # sentence, in tokens
+          'empty', 'replaced')  # of the chunk, both splits: documents without a sentence, bytes not UTF-8
+MAX_CHARS = 4000  # a longer piece of a sentence that is too long is cut without being tokenized
 BPE_SAMPLE = 20_000_000  # characters that a bpe: tokenizer is trained on
 # words with the space before them, digits in threes, runs of punctuation, white space
 BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
@@ -121,16 +115,15 @@ def encode_documents(texts, encode, max_tokens):
     """Of each text: (token ids of its sentences end to end, length of each, at most max_tokens)."""
     for i in range(0, len(texts), 64):  # many in one call, since a call is dear
         documents = list(map(split_sentences, texts[i:i + 64]))
-        rest, rest_lengths = encode([s[:MAX_CHARS] for sentences in documents for s in sentences])
+        rest, rest_lengths = encode([s for sentences in documents for s in sentences])
         for sentences in documents:
             lengths, rest_lengths = rest_lengths[:len(sentences)], rest_lengths[len(sentences):]
             n = lengths.sum()
             ids, rest = rest[:n], rest[n:]
-            if lengths.max(initial=0) > max_tokens or max(map(len, sentences), default=0) > MAX_CHARS:
+            if lengths.max(initial=0) > max_tokens:
                 rows = []
                 for s, row in zip(sentences, np.split(ids, np.cumsum(lengths))):
-                    too_long = len(row) > max_tokens or len(s) > MAX_CHARS
-                    rows += encode_pieces(s, encode, max_tokens) if too_long else [row]
+                    rows += [row] if len(row) <= max_tokens else encode_pieces(s, encode, max_tokens)
                 ids, lengths = np.concatenate(rows), np.array(list(map(len, rows)))
             yield ids, lengths[lengths > 0]
 
@@ -140,17 +133,51 @@ def encode_documents(texts, encode, max_tokens):
 KINDS = ("--tokenizer takes 'bpe:8192', 'hf:<name or folder>' (`pip install transformers`; tokenizer.json, "
          "an end-of-text token), or a name of tiktoken's (downloaded, or in TIKTOKEN_CACHE_DIR)")
 
-class Tokenizer:
-    """Text to ids and back. n_vocab counts `eos`, which ends a sentence. Special tokens' own text is text.
+END = '<|endoftext|>'  # between texts that are tokenized together
 
-    encode: list of str, each as `clean` leaves it, to (ids of all end to end, length of each), int64.
+class Tokenizer:
+    """Text to ids and back, by meta.json's entry `spec`, which holds all that it needs: a checkpoint carries
+    it. n_vocab counts `eos`, which ends a sentence. Special tokens' own text is text. Raises UserError.
     """
 
-    def __init__(self, spec, encode, decode, n_vocab, eos):
-        self.spec, self.encode, self._decode, self.n_vocab, self.eos = spec, encode, decode, n_vocab, eos
+    @as_user_error('load the tokenizer', KINDS)
+    def __init__(self, spec: dict):
+        self.spec, self.n_vocab, self.eos = spec, spec['n_vocab'], spec['eos']
+        if 'json' in spec:
+            import tokenizers
+            self._library = tokenizers.Tokenizer.from_str(spec['json'])
+            self._library.no_padding()
+            self._library.no_truncation()
+            self._library.encode_special_tokens = True  # their own text is text
+            self._decode = functools.partial(self._library.decode, skip_special_tokens=False)
+            return
+        import tiktoken
+        if 'merges' in spec:
+            tokens = map(bytes.fromhex, spec['merges'].split())
+            ranks, special = {token: rank for rank, token in enumerate(tokens)}, {END: self.eos}
+            pattern = BPE_PATTERN
+        else:
+            named = tiktoken.get_encoding(spec['name'])
+            ranks, special = named._mergeable_ranks, named._special_tokens
+            pattern = GPT2_FOLDED if spec['name'] == 'gpt2' else named._pat_str
+        self._library = tiktoken.Encoding('', pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self._decode = self._library.decode
 
     def __reduce__(self):  # pickled as what it is made from
-        return load_tokenizer, (self.spec,)
+        return Tokenizer, (self.spec,)
+
+    def encode(self, texts) -> tuple[np.ndarray, np.ndarray]:
+        """(Ids of all texts end to end, length of each), int64; each text is as `clean` leaves it."""
+        if 'json' in self.spec:
+            rows = [row.ids for row in self._library.encode_batch(texts, add_special_tokens=False)]
+        else:  # a call costs more than a short sentence does: all as one, cut at the ends of text
+            ids = self._library.encode_to_numpy(END.join(texts), allowed_special={END}, disallowed_special=())
+            ends = np.flatnonzero(ids == self.eos)
+            if len(ends) == len(texts) - 1:  # else END stands in a text
+                return (np.delete(ids, ends).astype(np.int64),
+                        np.diff(ends, prepend=-1, append=len(ids)) - 1)
+            rows = list(map(self._library.encode_ordinary, texts))
+        return np.fromiter(chain.from_iterable(rows), np.int64), np.array(list(map(len, rows)), np.int64)
 
     def encode_batch(self, texts) -> list[np.ndarray]:
         """Token ids of each text, cleaned first."""
@@ -161,48 +188,11 @@ class Tokenizer:
         """The text of token ids, without eos."""
         return self._decode([int(i) for i in ids if i != self.eos])
 
-def flat(rows):
-    """Rows of ids end to end, and the length of each: int64."""
-    return np.fromiter(chain.from_iterable(rows), np.int64), np.array(list(map(len, rows)), np.int64)
-
-@as_user_error('load the tokenizer', KINDS)
-def load_tokenizer(spec: dict) -> Tokenizer:
-    """The tokenizer of meta.json's entry `spec`, which holds all that it needs: a checkpoint carries it."""
-    if 'json' in spec:
-        import tokenizers
-        hf = tokenizers.Tokenizer.from_str(spec['json'])
-        hf.no_padding()
-        hf.no_truncation()
-        hf.encode_special_tokens = True  # their own text is text
-        return Tokenizer(
-            spec, lambda texts: flat([row.ids for row in hf.encode_batch(texts, add_special_tokens=False)]),
-            functools.partial(hf.decode, skip_special_tokens=False), spec['n_vocab'], spec['eos'])
-    import tiktoken
-    if 'merges' in spec:
-        pattern, tokens = BPE_PATTERN, map(bytes.fromhex, spec['merges'].split())
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-    else:
-        encoding = tiktoken.get_encoding(spec['name'])
-        ranks, pattern = encoding._mergeable_ranks, GPT2_FOLDED if spec['name'] == 'gpt2' else None
-    if pattern:
-        encoding = tiktoken.Encoding('', pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens={'<|endoftext|>': len(ranks)})
-    newline = encoding.encode_ordinary('\n')[0]
-
-    def encode(texts):
-        # A call costs more than a short sentence does. With both patterns nothing joins with a line break, so
-        # all texts are tokenized as one and cut at the breaks. (array takes a list twice as fast as numpy.)
-        if pattern:
-            ids = np.asarray(array('I', encoding.encode_ordinary('\n'.join(texts)))).astype(np.int64)
-            breaks = np.flatnonzero(ids == newline)
-            if len(breaks) == len(texts) - 1:  # else a text is empty or has a break
-                return np.delete(ids, breaks), np.diff(breaks, prepend=-1, append=len(ids)) - 1
-        return flat(list(map(encoding.encode_ordinary, texts)))
-    return Tokenizer(spec, encode, encoding.decode, encoding.n_vocab, encoding.eot_token)
+load_tokenizer = Tokenizer
 
 @as_user_error('load the tokenizer', KINDS)
 def make_tokenizer(s) -> dict:
-    """What load_tokenizer needs for --tokenizer; a 'bpe:<size>' is trained on training documents."""
+    """The `spec` of --tokenizer; a 'bpe:<size>' is trained on training documents."""
     kind, _, name = s['tokenizer'].partition(':')
     spec = {'name': s['tokenizer']}
     if kind == 'bpe':
@@ -210,34 +200,31 @@ def make_tokenizer(s) -> dict:
         if int(name) < 257:
             raise ValueError(f'bpe:{name} has no room for the 256 bytes and an end of text')
         print(f'training the tokenizer bpe:{name}', flush=True)
-        texts = (text for text in documents(s) if text and uniform(text) >= s['val_fraction'])
-        sample, learner = next(chunks(texts, BPE_SAMPLE), []), rustbpe.Tokenizer()
-        learner.train_from_iterator(iter(sample), int(name) - 1, pattern=BPE_PATTERN)
-        ranks = sorted((rank, bytes(token)) for token, rank in learner.get_mergeable_ranks())
-        spec['merges'] = ' '.join(token.hex() for _, token in ranks)
-    if kind == 'hf':
+        texts = (text for text in documents(s, {}) if uniform(text) >= s['val_fraction'])
+        learner = rustbpe.Tokenizer()
+        learner.train_from_iterator(iter(next(chunks(texts, BPE_SAMPLE))), int(name) - 1, pattern=BPE_PATTERN)
+        merges = [bytes(token).hex() for token, _ in learner.get_mergeable_ranks()]  # in the order of ids
+        spec |= {'merges': ' '.join(merges), 'n_vocab': len(merges) + 1, 'eos': len(merges)}
+    elif kind == 'hf':
         from transformers import AutoTokenizer
         hf = AutoTokenizer.from_pretrained(os.path.expanduser(name))
         spec |= {'json': hf.backend_tokenizer.to_str(), 'n_vocab': max(hf.get_vocab().values()) + 1,
                  'eos': next(i for i in (hf.sep_token_id, hf.eos_token_id) if i is not None)}
-    loaded = load_tokenizer(spec)
-    spec |= {'n_vocab': loaded.n_vocab, 'eos': loaded.eos}
+    else:
+        import tiktoken
+        encoding = tiktoken.get_encoding(s['tokenizer'])
+        spec |= {'n_vocab': encoding.n_vocab, 'eos': encoding.eot_token}
     return spec | {'sha256': hashlib.sha256(json.dumps(spec).encode()).hexdigest()}
 
 # ----------------------------------------------------------------------------------------------------
-# Sources of documents: each document is a str, or None for a record without text
+# Sources of documents: each document is a str, '' for a record without text
 
-def read_file(path, column, separator, opened=None):
-    """Documents of a file; `opened`, a list, gets the open file, for its position. Raises UserError."""
-    suffixes = path.lower().split('.')
-    packing = {'gz': 'gzip', 'xz': 'lzma', 'zst': 'backports.zstd'}.get(suffixes[-1])
-    kind = suffixes[-2 if packing else -1]
+def read_file(path, column, separator):
+    """Documents of a file. Raises UserError."""
+    import fsspec
     with as_user_error(f'read {path}', 'expected .txt, .jsonl or .parquet, plain or .gz, .xz, .zst'), \
-            open(path, 'rb') as stream:
-        if opened is not None:
-            opened.append(stream)
-        if packing:
-            stream = importlib.import_module(packing).open(stream)
+            fsspec.open(path, 'rb', compression='infer') as stream:
+        kind = re.sub('[.](gz|xz|zst)$', '', path.lower()).rpartition('.')[2]
         if kind == 'parquet':
             from pyarrow import parquet
             table = parquet.ParquetFile(stream)
@@ -255,7 +242,7 @@ def read_file(path, column, separator, opened=None):
         elif not separator:
             yield from lines
         else:
-            rest, separator = '', separator.replace('\\r', '').replace('\r', '').replace('\\n', '\n')
+            rest, separator = '', re.sub(r'\r|\\r', '', separator).replace('\\n', '\n')
             while block := ''.join(f'{line.rstrip()}\n' for line in lines.readlines(1 << 20)):
                 *parts, rest = (rest + block).split(separator)
                 yield from parts
@@ -269,7 +256,7 @@ def read_json(lines, path):
                 yield dict(json.loads(line))
 
 def texts_of(records, column, place, look=100):
-    """record[column] where it is a str, else None. Raises UserError where none of the first has one."""
+    """record[column] where it is a str, else ''. Raises UserError where none of the first has one."""
     records = iter(records)
     first = list(islice(records, look))
     if first and not any(isinstance(record.get(column), str) for record in first):
@@ -277,7 +264,7 @@ def texts_of(records, column, place, look=100):
         raise UserError(f"{place} has no text in a column '{column}': choose --text_column, of {names}")
     for record in chain(first, records):
         text = record.get(column)
-        yield text if isinstance(text, str) else None
+        yield text if isinstance(text, str) else ''
 
 def read_bible():
     """The chapters of the World English Bible (public domain), as pip installs it."""
@@ -287,68 +274,46 @@ def read_bible():
         yield ' '.join(text[start:end].strip() for (_, start), (_, end) in verses)
 
 def read_hub(s, place, rank, world_size):
-    """This rank's documents of a data set on the hub, from place['stream'] on."""
-    with as_user_error(f"read '{s['dataset']}' from the hub", 'check --dataset, --dataset_config, '
-                       '--dataset_split, the network (the same command goes on), or use --dataset=web-bible'):
+    """This rank's documents of a data set on the hub, from place['start'] on; place['stream'] tells where."""
+    with as_user_error(f"read '{s['dataset']}', no file here, from the hub", '--dataset takes a file or a '
+                       "quoted glob of .txt, .jsonl or .parquet, 'web-bible', or a name on the hub with "
+                       '--dataset_config and --dataset_split; once it answers the same command goes on'):
         import datasets
         from datasets.distributed import split_dataset_by_node
         stream = datasets.load_dataset(s['dataset'], s['dataset_config'] or None, split=s['dataset_split'],
                                        streaming=True)
-        stream = split_dataset_by_node(stream, rank, world_size)
-        if place['stream']:
-            stream.load_state_dict(place['stream'])
-        place['stream'] = stream.state_dict  # called once a chunk: it takes as long as several documents
+        if s['max_docs']:
+            stream = stream.take(s['max_docs'])
+        place['stream'] = stream = split_dataset_by_node(stream, rank, world_size)
+        if 'start' in place:
+            stream.load_state_dict(place['start'])
         yield from texts_of(stream, s['text_column'], s['dataset'], look=1)
-
-def read_files(s, paths, place):
-    """The documents of several files."""
-    total, before = sum(map(os.path.getsize, paths)), 0
-    for path in paths:
-        for text in read_file(path, s['text_column'], s['doc_separator'], opened := []):
-            place['share'] = (before + opened[0].tell()) / total
-            yield text
-        before += os.path.getsize(path)
 
 def local_files(name) -> list[str]:
     """The files of a path or glob; none for the embedded text and a name on the hub."""
     name = os.path.expanduser(name)
     names = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
-    paths = sorted(filter(os.path.isfile, names))
-    if not paths and re.search(r'^[./]|[*?[]|\.(txt|json|jsonl|ndjson|parquet|gz|xz|zst)$', name, re.I):
-        raise UserError(f"no file at '{name}': --dataset takes a file or a quoted glob of .txt, .jsonl or "
-                        ".parquet, 'web-bible', or a name on the hub")
-    return paths
+    return sorted(filter(os.path.isfile, names))
 
-START = {'read': 0, 'share': 0, 'stream': None}  # documents read, their part of the source; place in a stream
-
-def documents(s, place=None, rank=0, world_size=1):
-    """Documents of the data set from `place` on, which is kept up to date; of the hub, this rank's."""
-    place = place or dict(START)
-    paths, limit = local_files(s['dataset']), s['max_docs'] or np.inf
-    if paths:
-        texts = read_files(s, paths, place)
-    elif s['dataset'] == 'web-bible':
-        texts = read_bible()
+def documents(s, place, rank=0, world_size=1):
+    """Documents of the data set; of the hub, this rank's, as read_hub says."""
+    if paths := local_files(s['dataset']):
+        texts = chain.from_iterable(read_file(p, s['text_column'], s['doc_separator']) for p in paths)
     else:
-        texts, limit = read_hub(s, place, rank, world_size), (limit - rank) / world_size
-    for text in texts:
-        if place['read'] >= limit:
-            return
-        place['read'] += 1
-        place['share'] = max(place['share'], place['read'] / limit)
-        yield text and text.encode('utf-8', 'replace').decode()  # json can hold lone surrogates
+        texts = read_bible() if s['dataset'] == 'web-bible' else read_hub(s, place, rank, world_size)
+    for text in islice(texts, s['max_docs'] or None):
+        yield text.encode('utf-8', 'replace').decode()  # json can hold lone surrogates
 
 def chunks(texts, characters):
-    """Lists of documents of about so many characters."""
+    """Lists of documents of about so many characters; the last has the rest, or nothing."""
     chunk, size = [], 0
     for text in texts:
         chunk.append(text)
-        size += len(text or '')
+        size += len(text)
         if size >= characters:
             yield chunk
             chunk, size = [], 0
-    if chunk:
-        yield chunk
+    yield chunk
 
 # ----------------------------------------------------------------------------------------------------
 # Preparing: a worker makes two shards of a chunk
@@ -364,35 +329,30 @@ def uniform(text) -> float:
     """A number from 0 to 1 that depends on the text alone: documents are held out by it."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') / 2**64
 
-def write(path, data):
-    with as_user_error(f'write {path}', 'the same command goes on'):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_file(path, data)
-
 def write_chunk(path, number, chunk, s, dtype):
     """Tokenize the documents of a chunk and write them in random order, as a val and a train shard."""
-    texts = list(filter(None, chunk))
     splits = {'val': [], 'train': []}  # the train shard last: it marks the chunk as done
-    for text, (ids, lengths) in zip(texts, encode_documents(texts, _encode, s['max_sentence_tokens'])):
+    for text, (ids, lengths) in zip(chunk, encode_documents(chunk, _encode, s['max_sentence_tokens'])):
         if len(lengths):
             split = 'val' if uniform(text) < s['val_fraction'] else 'train'
             splits[split].append((ids.astype(dtype), lengths))
-    empty = len(texts) - sum(map(len, splits.values()))
-    counts = sum(map(len, texts)), empty, len(chunk) - len(texts), sum(text.count('\ufffd') for text in texts)
+    empty = len(chunk) - sum(map(len, splits.values()))
+    replaced = sum(text.count('\ufffd') for text in chunk)
     for split, documents in splits.items():
         np.random.default_rng(number).shuffle(documents)
         ids, lengths = map(np.concatenate, zip((np.zeros(0, dtype), np.zeros(0, np.int64)), *documents))
         sizes = [len(own) for _, own in documents]
-        words = np.r_[FORMAT, len(sizes), len(lengths), len(ids), lengths.max(initial=0), counts,
+        words = np.r_[len(sizes), len(lengths), len(ids), lengths.max(initial=0), empty, replaced,
                       0, np.cumsum(sizes), 0, np.cumsum(lengths)].astype(np.int64)
-        write(path(f'{split}_{number:06d}.bin'), words.tobytes() + ids.tobytes())
+        write_file(path(f'{split}_{number:06d}.bin'), words.tobytes() + ids.tobytes())
 
 def end_now(message, code):
     """End without waiting for threads or workers: workers end with their parent."""
     os.write(2, f'\nprepare.py: {message}; the same command goes on\n'.encode())
     os._exit(code)
 
-def read_meta(path, advice):
+def load_json(path, advice):
+    """What the file holds. Raises UserError."""
     with as_user_error(f'read {path}', advice), open(path, encoding='utf-8') as f:
         return json.load(f)
 
@@ -402,16 +362,16 @@ def begin(s, path, rank, world_size) -> dict:
     run = {'format': FORMAT, 'ranks': world_size, 'files': files} | s
     del run['num_proc'], run['data_dir']  # these may change
     if rank == 0 and not os.path.exists(path('meta.json')):
-        next(documents(s), None)  # a source that cannot be read leaves no folder behind
+        next(documents(s, {}), None)  # a source that cannot be read leaves no folder behind
         spec = make_tokenizer(s)
-        dtype = 'uint16' if spec['n_vocab'] <= 2**16 else 'uint32'
-        meta = {'settings': s, 'run': run, 'tokenizer': spec, 'dtype': dtype}
-        write(path('meta.json'), json.dumps(meta, indent=1))
+        meta = {'run': run, 'tokenizer': spec, 'dtype': 'uint16' if spec['n_vocab'] <= 2**16 else 'uint32'}
+        os.makedirs(path(''), exist_ok=True)
+        write_file(path('meta.json'), json.dumps(meta, indent=1))
     while not os.path.exists(path('meta.json')):  # the first rank makes the tokenizer
         time.sleep(0.2)
-    meta = read_meta(path('meta.json'), 'remove its folder and prepare it again')
+    meta = load_json(path('meta.json'), 'remove its folder and prepare it again')
     for name, value in run.items():
-        if (before := meta.get('run', {}).get(name)) != value:
+        if (before := meta['run'].get(name)) != value:
             raise UserError(f"{s['data_dir']} was begun with {name}={before!r}, not {value!r}: set it back, "
                             'remove the folder, or choose another --data_dir')
     return meta
@@ -426,77 +386,68 @@ def prepare(s):
         return
     if not os.path.exists(path(f'part_{rank}')):  # else this rank was done before a kill
         write_shards(s, path, meta, rank, world_size)
-        write(path(f'part_{rank}'), '')
+        write_file(path(f'part_{rank}'), '')
     if rank == 0:
         finish(s, path, world_size)
 
 def write_shards(s, path, meta, rank, world_size):
     """Hand this rank's chunks to worker processes, but those that are done."""
     from tqdm import tqdm
-    finished = {int(name[6:12]) for name in os.listdir(path('')) if re.fullmatch(r'train_\d+\.bin', name)}
-    number, step, place = 0, 1, dict(START)
+    finished = {int(name[6:12]) for name in glob.glob('train_*.bin', root_dir=path(''))}
+    number, step, place = 0, 1, {}
     if not meta['run']['files'] and s['dataset'] != 'web-bible':  # streams go on at the first missing chunk
         number, step = rank, world_size
         while number in finished:
-            place = read_meta(path(f'state_{number:06d}.json'), 'remove the folder')
+            place['start'] = load_json(path(f'state_{number:06d}.json'), 'remove the folder')
             number += step
     processes = s['num_proc'] or max(os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
     os.environ['PYTHONWARNINGS'] = 'ignore:resource_tracker'  # it warns of semaphores after end_now
-    spawn = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(processes, spawn, start_worker, (meta['tokenizer'],))
-    running, look = [], '{elapsed}, {remaining} left{postfix}'
-    bar = tqdm(total=1, bar_format=look, mininterval=10, disable=rank > 0 or not sys.stderr.isatty())
-    try:
-        for chunk in chunks(documents(s, place, rank, world_size), 4 * s['shard_tokens']):
-            if number % world_size == rank and number not in finished:
-                if place['stream']:
-                    here = place | {'stream': place['stream']()}
-                    write(path(f'state_{number:06d}.json'), json.dumps(here))
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new worker inherits it
-                running.append(pool.submit(write_chunk, path, number, chunk, s, meta['dtype']))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            number += step
-            if len(running) > processes:  # bounds memory
-                running.pop(0).result()
-            bar.set_postfix_str(f"{place['read']:,} documents", refresh=False)
-            bar.update(place['share'] - bar.n)
-        for future in running:
-            future.result()
-    except BrokenProcessPool:
-        end_now('a worker was killed, most likely for want of memory: lower --num_proc', 1)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
+    spawn, running = multiprocessing.get_context('spawn'), []
+    with ProcessPoolExecutor(processes, spawn, start_worker, (meta['tokenizer'],)) as pool, \
+            tqdm(unit=' documents', mininterval=10, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        try:
+            for chunk in chunks(documents(s, place, rank, world_size), 4 * s['shard_tokens']):
+                if number % world_size == rank and number not in finished:
+                    if 'stream' in place:
+                        state = place['stream'].state_dict()
+                        write_file(path(f'state_{number:06d}.json'), json.dumps(state))
+                    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new worker inherits it
+                    running.append(pool.submit(write_chunk, path, number, chunk, s, meta['dtype']))
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+                number += step
+                if len(running) > processes:  # bounds memory
+                    running.pop(0).result()
+                bar.update(len(chunk))
+            for future in running:
+                future.result()
+        except BrokenProcessPool:
+            end_now('a worker was killed, most likely for want of memory: lower --num_proc', 1)
 
 def finish(s, path, world_size):
     """Wait for the other ranks, write `done` and print the summary."""
     while not all(os.path.exists(path(f'part_{rank}')) for rank in range(world_size)):
         time.sleep(0.2)
-    names = sorted(os.listdir(path('')))
-    done = {split: {name: np.fromfile(path(name), np.int64, len(HEADER)).tolist() for name in names
-                    if re.fullmatch(rf'{split}_\d+\.bin', name)} for split in ('train', 'val')}
-    train, val = (dict(zip(HEADER, np.sum([[0] * len(HEADER), *headers.values()], axis=0).tolist()))
-                  for headers in done.values())
-    if not train['sentences']:
-        raise UserError(f"no sentence to train on in '{s['dataset']}': remove {path('')}, see --val_fraction")
-    write(path('done'), json.dumps(done))
-    for name in names:
+    done = {}
+    for split in ('train', 'val'):
+        names = sorted(glob.glob(f'{split}_*.bin', root_dir=path('')))
+        headers = [np.fromfile(path(name), np.int64, len(HEADER)).tolist() for name in names]
+        done[split] = dict(zip(names, headers))
+        n_documents, n_sentences, n_tokens, _, empty, replaced = np.sum(headers, axis=0)
+        if split == 'train' and not n_sentences:
+            raise UserError(f"no sentence to train on in '{s['dataset']}': remove {path('')}")
+        print(f'{split}: {n_documents:,} documents, {n_sentences:,} sentences, {n_tokens:,} tokens')
+    print(f'left out: {empty:,} documents without text; {replaced:,} bytes were not UTF-8')
+    if n_documents < 20:  # of val
+        print(f'{n_documents} documents are held out, too few to measure on: remove the folder, or take '
+              'another --data_dir, and raise --val_fraction')
+    write_file(path('done'), json.dumps(done))
+    for name in os.listdir(path('')):
         if re.match(r'part_|state_|.*\.tmp$', name):
             os.unlink(path(name))
     corpus = Corpus(path(''), 'train')
-    lengths = np.concatenate([np.diff(corpus.shard(k)[1]) for k in range(len(corpus.paths))[:20]])
-    for split, n in (('train', train), ('val', val)):
-        print(f"{split}: {n['documents']:,} documents, {n['sentences']:,} sentences, {n['tokens']:,} tokens")
-    print('tokens a sentence, 5th 25th 50th 75th 95th percentile:',
-          *np.percentile(lengths, [5, 25, 50, 75, 95]).astype(int))
-    n = train
-    print(f"left out: {n['empty']:,} documents without a sentence, {n['no_text']:,} records without text\n"
-          f"{n['characters'] / 1e6:.1f}M characters, {n['replaced']:,} not UTF-8, to {s['data_dir']}")
-    if val['documents'] < 20:
-        print(f"{val['documents']} documents are held out, too few to measure on: remove the folder, or take "
-              'another --data_dir, and raise --val_fraction')
-    if n['characters'] < n['tokens'] + val['tokens'] or max(corpus.token_counts()) > n['tokens'] / 2:
-        print('the tokenizer knows little of this text: most tokens are single characters, or unknown; '
+    ids, _, _ = corpus._sentences(0, min(5000, corpus.n_sentences))
+    if len(corpus.tokenizer.decode(ids)) < len(ids) or np.bincount(ids).max() > len(ids) / 2:
+        print('the tokenizer knows little of this text: most tokens are single bytes, or unknown; '
               '--tokenizer=bpe:8192 learns from it')
 
 # ----------------------------------------------------------------------------------------------------
@@ -510,10 +461,12 @@ class Corpus:
 
     def __init__(self, data_dir, split):
         path = functools.partial(os.path.join, os.path.expanduser(data_dir))
-        self.meta = read_meta(path('meta.json'), f'prepare it with --data_dir={data_dir}, or name another')
-        headers = read_meta(path('done'), 'the same prepare.py command goes on')[split]
+        self.meta = load_json(path('meta.json'), f'prepare it with --data_dir={data_dir}, or name another')
+        if self.meta['run']['format'] != FORMAT:
+            raise UserError(f'{data_dir} is of another version: remove it and prepare it again')
+        headers = load_json(path('done'), 'the same prepare.py command goes on')[split]
         table = np.array([*headers.values()])
-        self.paths, self.counts, self.longest = list(map(path, headers)), table[:, 1:4], table[:, 4].max()
+        self.paths, self.counts, self.longest = list(map(path, headers)), table[:, :3], table[:, 3].max()
         # number of the first document, sentence and token of each shard, and the total
         self.first = np.pad(self.counts.cumsum(axis=0), ((1, 0), (0, 0)))
         self.n_documents, self.n_sentences, self.n_tokens = self.first[-1].tolist()

@@ -30,8 +30,8 @@ import prepare  # noqa: E402
 def start(spec):
     """Give the process tiktoken's own encoder, nothing of ours."""
     global _encode
-    loaded = prepare.load_tokenizer(spec)._decode.__self__
-    _encode = (loaded if 'merges' in spec else tiktoken.get_encoding(spec['name'])).encode_ordinary
+    library = prepare.Tokenizer(spec)._library if 'merges' in spec else tiktoken.get_encoding(spec['name'])
+    _encode = library.encode_ordinary
 
 
 def tokenize(texts):
