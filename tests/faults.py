@@ -10,12 +10,10 @@ tests/test_scripts.py runs it in miniature.
 import argparse
 import csv
 import glob
-import json
 import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -78,12 +76,8 @@ def assert_same_run(kind, work, out, whole=''):
     assert [r for r in found if int(r['step']) % 5 == 0] == expected  # a stop has a row of its own
 
 
-def assert_files_equal(a, b):
-    """Byte for byte."""
-    assert sorted(os.listdir(a)) == sorted(os.listdir(b))
-    for name in os.listdir(a):
-        one, two = (open(f'{folder}/{name}', 'rb').read() for folder in (a, b))
-        assert one == two, name
+def contents(folder):
+    return {name: open(f'{folder}/{name}', 'rb').read() for name in os.listdir(folder)}
 
 
 def shards(folder):
@@ -115,7 +109,7 @@ def kills_prepare(work, share):
                 done, here, finished = done + 1, here + 1, shards(out)
         assert process.returncode == 0
         assert finished.items() <= shards(out).items(), 'a finished shard was written again'
-        assert_files_equal(whole, out)
+        assert contents(whole) == contents(out)
         runs, kept = runs + 1, kept + len(finished)
     return [(f'prepare.py, {runs} runs of {len(shards(whole))} chunks', done,
              f'byte-identical to the undisturbed one; {kept} shards done before a kill kept their inode')]
@@ -173,22 +167,8 @@ def resume(work, share):
     return found
 
 
-def signals(work, share):
-    """Ctrl-C at any time of prepare.py."""
-    stopped = 0
-    for tenths in range(1, 25, 3):
-        process = python(*BIBLE, f'--data_dir={work}/none_{tenths}')
-        time.sleep(tenths / 10)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate()
-        stopped += process.returncode in (-signal.SIGINT, 130)
-        assert process.returncode in (-signal.SIGINT, 130, 0), said  # 0: it was done before
-        assert 'Traceback' not in said, said
-    return [('SIGINT while prepare.py starts and works', stopped, 'ended by it, no traceback')]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Disk and files
+# Disk
 
 def disk(work, share):
     """Files that cannot grow past some size, as on a full disk: nothing that was there is lost."""
@@ -211,32 +191,12 @@ def disk(work, share):
         command = [*BIBLE, '--max_docs=200', f'--data_dir={out}']
         lines.add(full(size, command, out))
         ended(python(*command))  # there is room again
-        assert_files_equal(f'{work}/data', out)
+        assert contents(f'{work}/data') == contents(out)
     return [*found, ('prepare.py', len(sizes[:3]), 'later the same bytes: ' + ' / '.join(sorted(lines)))]
 
 
-def files(work, share):
-    """Each file of a set cut short, emptied or gone."""
-    harmed, tried = shutil.copytree(f'{undisturbed(work)}/data', f'{work}/harmed'), 0
-    for name in sorted(os.listdir(harmed)):
-        content = open(f'{harmed}/{name}', 'rb').read()
-        for part in (content[:len(content) // 2], content[:-1], b'', None):
-            os.unlink(f'{harmed}/{name}')
-            if part is not None:
-                open(f'{harmed}/{name}', 'wb').write(part)
-            said = ''
-            try:
-                prepare.Corpus(harmed, 'train'), prepare.Corpus(harmed, 'val')
-            except UserError as error:
-                said = str(error)
-            assert name in said, f'{part and len(part)} bytes of {name}: {said}'
-            tried += 1
-        open(f'{harmed}/{name}', 'wb').write(content)
-    return [('files of a set, cut, emptied or gone', tried, 'refused on opening and named')]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Bad input, and large
+# Bad input
 
 NASTY = ['<|endoftext|>', '</s>', '\ud800', '\udfff x', '\0', '\x1c\x85\u2028', '\ufeff', '\u00a0', '👩‍👩‍👧',
          'é' * 50, '\n' * 50, 'x' * 5000, 'Mr. ', '. ' * 40, '…!?', '你好。', '\r\n', "'s", '\\ud800']
@@ -251,11 +211,6 @@ def fuzz(work, share):
 
     def letters(x):
         return ''.join(prepare.clean(x).replace('\ufeff', '').split())
-
-    def sentences(x):
-        parts = prepare.split_sentences(x)
-        assert letters(''.join(parts)) == letters(x)
-        assert all(p and p == ' '.join(p.split()) for p in parts)
 
     def tokens(some):
         some = [prepare.clean(x) for x in some]
@@ -284,7 +239,7 @@ def fuzz(work, share):
     named = st.builds('--{}={}'.format, st.sampled_from(['rate', 'steps', 'name', 'fast', 'x']), value)
     argument = st.one_of(named, st.sampled_from(['a.py', '--', '--=', '\0.py', '--a\nb=1', 'x']))
     found, how = [], {'deadline': None, 'database': None, 'suppress_health_check': list(HealthCheck)}
-    for check, n, given_as in ((sentences, 10_000, text), (tokens, 5000, st.lists(text, max_size=4)),
+    for check, n, given_as in ((tokens, 5000, st.lists(text, max_size=4)),
                                (setting, 5000, st.lists(argument, max_size=4)),
                                (concepts, 500, st.lists(text, min_size=1, max_size=4))):
         seed(0)(settings(max_examples=many(n, share), **how)(given(given_as)(check)))()
@@ -292,40 +247,9 @@ def fuzz(work, share):
     return found
 
 
-def sparse(work, share, length=1000):
-    """10 billion tokens that are holes in files, and a shard past 2^32 of them: opened, read, sampled."""
-    folder, headers, sizes = f'{work}/sparse', {}, [100_000] * many(100, share) + [5_000_000]  # sentences
-    os.makedirs(folder)
-    for k, n in enumerate(sizes):
-        name = f'train_{k:06d}.bin'
-        headers[name] = [n // 10, n, n * length, length, 0, 0]
-        offsets = np.concatenate((headers[name], np.arange(n // 10 + 1) * 10, np.arange(n + 1) * length))
-        with open(f'{folder}/{name}', 'wb') as f:
-            f.write(offsets.astype(np.int64).tobytes())
-            for i in (0, n // 2, n - 1):  # sentences that are known again; zeros between take no room
-                f.seek(offsets.nbytes + 2 * i * length)
-                f.write(np.full(length, 1 + k % 7 + i % 1000, np.uint16).tobytes())
-    meta = {'run': {'format': prepare.FORMAT}, 'dtype': 'uint16', 'tokenizer': {}}
-    for name, content in (('meta.json', meta), ('done', {'train': headers})):
-        with open(f'{folder}/{name}', 'w') as f:
-            json.dump(content, f)
-    began = time.time()
-    corpus = prepare.Corpus(folder, 'train')
-    corpus.batch(0, 0, 1, 4, 4096, 8)
-    first = time.time() - began
-    for k, n in enumerate(sizes):
-        for i in (0, n // 2, n - 1):
-            ids = corpus.document(int(corpus.first[k, 0]) + i // 10)[i % 10]
-            assert (ids == 1 + k % 7 + i % 1000).all(), (k, i)
-    n_open = len(os.listdir('/proc/self/fd'))
-    assert first < 2 and n_open < 40, (first, n_open)
-    return [(f'{corpus.n_tokens:,} tokens in {len(sizes)} shards', 1, f'first batch after {first:.2f} s; '
-             f'first, middle and last sentence of each shard right; {n_open} files open')]
-
-
 # ------------------------------------------------------------------------------------------------------------
 
-PARTS = {f.__name__: f for f in (kills_prepare, kills_train, resume, signals, disk, files, fuzz, sparse)}
+PARTS = {f.__name__: f for f in (kills_prepare, kills_train, resume, disk, fuzz)}
 
 
 def main():

@@ -65,9 +65,9 @@ def test_two_checkouts_take_turns(corpus_dir, tmp_path):
 
 def test_faults(tmp_path):
     """The parts that other tests have not in miniature."""
-    parts = '--only=kills_prepare,kills_train,files,fuzz,sparse'
+    parts = '--only=kills_prepare,kills_train,fuzz'
     run('tests/faults.py', '--share=0.01', f'--results={tmp_path}', parts)
-    assert {'kills_train', 'sparse'} <= {r['part'] for r in table(tmp_path / 'faults.csv')}
+    assert {'kills_train', 'fuzz'} <= {r['part'] for r in table(tmp_path / 'faults.csv')}
 
 
 def test_ablation_and_encode(corpus_dir, tmp_path):
