@@ -51,8 +51,9 @@ shard_tokens = 4_000_000  # a chunk has about this many tokens, at 4 characters 
 num_proc = 0  # worker processes of each rank; 0: one per core
 
 FORMAT = 3  # of what is on disk
-HEADER = ('documents', 'sentences', 'tokens', 'longest',  # sentence, in tokens
-          'empty', 'replaced')  # of the chunk, both splits: documents without a sentence, bytes not UTF-8
+# int64 at the head of a shard: its documents, sentences, tokens, length of its longest sentence; and of the
+# chunk, both splits: documents without a sentence, bytes that were not UTF-8
+HEADER = 6
 MAX_CHARS = 4000  # a longer piece of a sentence that is too long is cut without being tokenized
 BPE_SAMPLE = 20_000_000  # characters that a bpe: tokenizer is trained on
 # words with the space before them, digits in threes, runs of punctuation, white space
@@ -430,7 +431,7 @@ def finish(s, path, world_size):
     done = {}
     for split in ('train', 'val'):
         names = sorted(glob.glob(f'{split}_*.bin', root_dir=path('')))
-        headers = [np.fromfile(path(name), np.int64, len(HEADER)).tolist() for name in names]
+        headers = [np.fromfile(path(name), np.int64, HEADER).tolist() for name in names]
         done[split] = dict(zip(names, headers))
         n_documents, n_sentences, n_tokens, _, empty, replaced = np.sum(headers, axis=0)
         if split == 'train' and not n_sentences:
@@ -480,7 +481,7 @@ class Corpus:
     def _map(self, k):
         """Shard k, mapped: offsets of documents into sentences, of sentences into tokens, and tokens."""
         sizes = self.counts[k] + [1, 1, 0]
-        parts = zip((np.int64, np.int64, self.meta['dtype']), sizes, 8 * np.cumsum([len(HEADER), *sizes]))
+        parts = zip((np.int64, np.int64, self.meta['dtype']), sizes, 8 * np.cumsum([HEADER, *sizes]))
         with as_user_error(f'read {self.paths[k]}', 'remove its folder and prepare it again'):
             data = np.memmap(self.paths[k], mode='r')
             return [np.frombuffer(data, *part) for part in parts]

@@ -20,11 +20,9 @@ import tempfile
 import time
 
 import tiktoken
+from conftest import ROOT
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, ROOT)
-import prepare  # noqa: E402
+import prepare
 
 
 def start(spec):
@@ -78,7 +76,7 @@ def main():
     parser.add_argument('--tokenizer', default='bpe:8192')
     parser.add_argument('--megabytes', type=int, default=32, help='of text in the small run')
     parser.add_argument('--times', type=int, default=4, help='so much larger is the large run')
-    parser.add_argument('--out', default=os.path.join(HERE, 'results', 'prepare.csv'))
+    parser.add_argument('--out', default=os.path.join(ROOT, 'tests', 'results', 'prepare.csv'))
     given = parser.parse_args()
     texts = list(prepare.read_file(given.text, 'text', '') if given.text else prepare.read_bible()) * 4
     texts = next(prepare.chunks(texts, given.megabytes * 1_000_000))

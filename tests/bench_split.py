@@ -12,14 +12,12 @@ import json
 import os
 import re
 import statistics
-import sys
 import time
 
 import sentencex
+from conftest import ROOT
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-import prepare  # noqa: E402
+import prepare
 
 SPLITTERS = {'split_sentences': prepare.split_sentences, 'sentencex': lambda t: sentencex.segment('en', t),
              'one-line regex': re.compile(r'(?<=[.!?])\s+(?=[A-Z])').split}
@@ -51,7 +49,7 @@ def main():
     parser.add_argument('--boundaries', default='/no')
     parser.add_argument('--text', default='')
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--out', default=os.path.join(HERE, 'results', 'split.csv'))
+    parser.add_argument('--out', default=os.path.join(ROOT, 'tests', 'results', 'split.csv'))
     given = parser.parse_args()
     texts = prepare.read_file(given.text, 'text', '') if given.text else prepare.read_bible()
     texts = next(prepare.chunks(texts, 4_000_000))
