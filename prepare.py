@@ -103,12 +103,12 @@ def split_sentences(text: str) -> list[str]:
 
 def encode_pieces(text, encode, max_tokens) -> list[np.ndarray]:
     """Token ids of a sentence, cut near the middle until no piece has more than max_tokens."""
-    n = len(text)
+    n, third = len(text), len(text) // 3
     if n <= MAX_CHARS:
         ids, _ = encode([text])
         if len(ids) <= max_tokens or n == 1:
             return [ids[:max_tokens]]
-    cut = CLAUSE.search(text, n // 3, n - n // 3) or SPACE.search(text, n // 3, n - n // 3)
+    cut = CLAUSE.search(text, third, n - third) or SPACE.search(text, third, n - third)
     end, start = cut.span() if cut else (n // 2, n // 2)
     return encode_pieces(text[:end], encode, max_tokens) + encode_pieces(text[start:], encode, max_tokens)
 

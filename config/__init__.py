@@ -35,7 +35,7 @@ def override(names: dict, argv: list[str] | None = None, positive=(), shares=(),
     settings = {name: names[name] for name in comments if name in names}
     if '--help' in argv or '-h' in argv:
         lines = [f'  --{k}={v!r}'.ljust(44) + f'  {comments[k]}'.rstrip() for k, v in settings.items()]
-        print((names.get('__doc__') or '').strip(), '\n\nsettings:', *lines, sep='\n')
+        print(names['__doc__'].strip(), '\n\nsettings:', *lines, sep='\n')
         raise SystemExit(0)
     if names['__name__'] == '__main__':
         sys.excepthook = lambda *error: print_error(script, *error)
