@@ -41,7 +41,6 @@ max_pairs = 10_000  # (window, next sentence) pairs, at most 5 a document
 max_train_sentences = 4000  # train sentences to predict: for means, scales, ridge and idf
 max_generated = 200  # sentences written for BLEU, ROUGE and chrF
 max_scored = 400  # sentences scored for information
-n_samples = 12  # samples in the report
 sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
 judge = ''  # folder or name of a sentence-transformers model that compares what was written with the truth
 prompt = ''  # instead of the evaluation: sentences to reconstruct and go on from
@@ -106,9 +105,9 @@ def partners(document, rng):
     """For each of the items of `document` (n,), the index of an item of another document, at random."""
     return np.array([rng.choice(np.flatnonzero(document != d)) for d in document])
 
-def spread(n, most):
-    """At most `most` of n indices, evenly spaced with both ends, so never of one document only."""
-    return np.unique(np.linspace(0, n - 1, max(most, 2)).astype(int))
+def spread(items, most):
+    """At most `most` places in items, evenly spaced with both ends, so never of one document only."""
+    return np.unique(np.linspace(0, len(items) - 1, max(most, 2)).astype(int))
 
 # ----------------------------------------------------------------------------------------------------
 # Measures on arrays
@@ -162,6 +161,11 @@ def retrieved(similar, target, candidates, document):
     ranks = torch.cat(ranks).numpy()
     return {'MRR': draws(1 / ranks, document)} | {f'R@{k}': draws(ranks <= k, document) for k in (1, 10)}
 
+def nearness(p, z):
+    """Function of rows to the cosines (len(rows), N) of these of p (n, d) with unit-norm z (N, d)."""
+    p = unit(p)
+    return lambda rows: p[rows] @ z.T
+
 def token_sums(table, sequences):
     """Sums of the rows of table (V, d) over each sequence's tokens, at length 1: (n, d)."""
     return unit(np.stack([table[s].sum(0) for s in sequences]))
@@ -187,11 +191,12 @@ def text_scores(s, texts, truth, z, owner):
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
     texts, truth = list(texts), list(truth)
-    rouge = [RougeScorer(['rouge1', 'rouge2', 'rougeL']).score(*pair) for pair in zip(truth, texts)]
+    scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
+    rouge = [scorer.score(*pair) for pair in zip(truth, texts)]
     cells = {f'ROUGE-{k}': draws([100 * r[f'rouge{k}'].fmeasure for r in rouge], owner) for k in '12L'}
-    cells |= {'BLEU': sacrebleu.corpus_bleu(texts, [truth]).score,
-              'chrF': sacrebleu.corpus_chrf(texts, [truth]).score,
-              'round trip': draws(cosine(s.model.encoder.encode(texts), z), owner)}
+    cells['BLEU'] = sacrebleu.corpus_bleu(texts, [truth]).score
+    cells['chrF'] = sacrebleu.corpus_chrf(texts, [truth]).score
+    cells['round trip'] = draws(cosine(s.model.encoder.encode(texts), z), owner)
     if s.judge:
         cells['judge'] = draws(cosine(s.judge(texts), s.judge(truth)), owner)
     return cells | repeats(texts, owner)
@@ -338,7 +343,7 @@ class Study(Pairs):
 
 def information(s):
     """Nats a token that the truth costs less given a concept than given the best that knows nothing."""
-    m, lm, some = s.model, s.language_model, spread(len(s.target), max_scored)
+    m, lm, some = s.model, s.language_model, spread(s.target, max_scored)
     if not m.decoder:
         return {}
     sentences, owner = [s.sentences[i] for i in s.target[some]], s.owner[some]
@@ -385,9 +390,8 @@ def retrieval(s):
     grams = TfidfVectorizer(analyzer=lambda ids: map(str, [*ids, *pairwise(ids)]), sublinear_tf=True)
     texts = grams.fit(s.train.sentences + s.sentences).transform(s.sentences).T.tocsr()
     queries = grams.transform([np.concatenate(s.sentences[a:b]) for a, b in s.windows])
-    spaces = {name: (unit(p), space.z) for name, (space, p) in s.predicted.items()}
-    spaces['token mean'] = unit(window_means(s, tokens)), unit(tokens)
-    similar = {name: lambda rows, p=p, z=z: p[rows] @ z.T for name, (p, z) in spaces.items()}
+    similar = {name: nearness(p, space.z) for name, (space, p) in s.predicted.items()}
+    similar['token mean'] = nearness(window_means(s, tokens), unit(tokens))
     similar['TF-IDF of the window'] = lambda rows: (queries[rows] @ texts).toarray()
     similar['chance'] = lambda rows: s.rng.random((len(rows), len(order)))
     one = order[np.unique(s.document[order], return_index=True)[1]][:10_000]  # of each document
@@ -416,7 +420,7 @@ def geometry(s):
 
 def text(s):
     """What the decoder writes of a sentence's own concept (reconstruct) and the predicted one (predict)."""
-    some, out = spread(len(s.target), max_generated), {}
+    some, out = spread(s.target, max_generated), {}
     if not s.model.decoder:
         return out
     target, owner, z = s.target[some], s.owner[some], s.model.truth[some]
@@ -461,7 +465,7 @@ def rollouts(s):
     starts = np.flatnonzero(s.document[span:] == s.document[:-span])  # of long enough documents
     if not len(starts) or m.encoder.model.config.context != 'concepts':
         return {}
-    target = starts[spread(len(starts), MAX_ROLLOUTS)] + eval_context
+    target = starts[spread(starts, MAX_ROLLOUTS)] + eval_context
     owner, windows = s.document[target], eval_context * (np.arange(len(target))[:, None] + (0, 1))
     read = m.z[target[:, None] + np.arange(-eval_context, 0)]  # (n, eval_context, d)
     copied = read[:, -1]
@@ -470,7 +474,7 @@ def rollouts(s):
         read = np.concatenate((read[:, 1:], p[:, None]), 1)
         truth, near = m.z[target + h], s.others(target[:, None] + (-eval_context, h))
         for name, q in (('model', p), ('copy-last', copied)):
-            by = retrieved((unit(q) @ m.z.T).__getitem__, target + h, near, owner)
+            by = retrieved(nearness(q, m.z), target + h, near, owner)
             rows[name] = {f'skill, {h + 1} ahead': skill(fit_scale(q, truth) * q, truth, m.mean, owner),
                           f'MRR, {h + 1} ahead': by['MRR']} | rows[name]
     return {'rollout': rows}
@@ -524,8 +528,7 @@ def compare(sections):
                 _, low, high = interval(row[LESS])
                 places['ahead of' if low > 0 else 'behind' if high < 0 else 'level with'].append(name)
         said = [f'{place} {", ".join(names)}' for place, names in places.items() if names]
-        if said:
-            lines.append(f'{title}: {column} {number(own)}, {"; ".join(said)}')
+        lines.append('; '.join([f'{title}: {column} {number(own)}', *said]))
         if LESS in rows.get('step 0', ()):
             added.append(f'{title}, {column} {number(rows["step 0"][LESS])}')
     g = sections['geometry']['model']
@@ -549,7 +552,7 @@ def shown(text):
 
 def samples(s):
     """Sentences, their reconstructions, the next ones as predicted and in truth: four lines a sample."""
-    some = spread(len(s.target), n_samples)
+    some = spread(s.target, 12)
     target = s.target[some]
     columns = {'sentence': s.text(target - 1), 'reconstruction': s.write(s.model.z[target - 1]),
                'predicted next': s.write(s.model.p['model'][some]), 'true next': s.text(target)}
@@ -640,6 +643,6 @@ def main():
 
 if __name__ == '__main__':
     settings = override(globals(), positive=(
-        'eval_context', 'max_pairs', 'max_train_sentences', 'max_generated', 'max_scored', 'n_samples',
+        'eval_context', 'max_pairs', 'max_train_sentences', 'max_generated', 'max_scored',
         'batch_size', 'steps', 'num_samples', 'max_new_tokens', 'top_p'))
     main()
