@@ -22,7 +22,6 @@ from prepare import Corpus
 SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=4', '--block_size=128', '--compile=False',
          '--eval_iters=2', '--warmup_iters=5', '--max_iters=30', '--eval_interval=15']
 
-
 def test_spearman_is_scipys():
     rng = np.random.default_rng(0)
     a = rng.standard_normal(600)
@@ -35,7 +34,6 @@ def test_spearman_is_scipys():
     assert np.quantile(found[1:], (0.025, 0.975)) == pytest.approx(np.quantile(again, (0.025, 0.975)), abs=1)
     assert ev.spearman(a, a * 3 + 1)[0] == pytest.approx(100)
     assert ev.spearman(1 + 1e-8 * b, b)[0] == 0, 'noise of rounding is no order'
-
 
 def test_text_scores_are_those_of_the_command_line(tmp_path):
     truth = ['The river stood near the stone.', 'A cloud, and 12 lanterns!', 'Nothing else was said.']
@@ -54,7 +52,6 @@ def test_text_scores_are_those_of_the_command_line(tmp_path):
     assert got['round trip'][0] == got['judge'][0] == 1
     assert got['repeated bigrams'][0] == pytest.approx(1 / (5 + 4 + 5)), '"nobody said", of all bigrams'
 
-
 def test_retrieval_takes_the_worst_rank_among_equals_and_matches_brute_force():
     rng = np.random.default_rng(1)
     similar, target = rng.standard_normal((500, 90)), rng.integers(0, 88, 500)
@@ -67,7 +64,6 @@ def test_retrieval_takes_the_worst_rank_among_equals_and_matches_brute_force():
     assert got['R@10'][0] == pytest.approx((ranks <= 10).mean())
     got = ev.retrieved(lambda rows: np.ones((len(rows), 90)), target, target[:, None] + [[0, 1, 2]], target)
     assert got['MRR'][0] == pytest.approx(1 / 3), 'two others, which are as like'
-
 
 def test_intervals_cover_narrow_with_documents_and_pair():
     rng = np.random.default_rng(4)
@@ -82,7 +78,6 @@ def test_intervals_cover_narrow_with_documents_and_pair():
     assert (ev.draws(values, documents, 0 * values) == 0).all(), 'not NaN'
     # a better model by the same small step on every pair, which unpaired intervals would not show
     assert found - ev.draws(values - 0.01, documents) == pytest.approx(0.01)
-
 
 def test_skill_by_its_formula_and_ridge_by_what_it_predicts():
     rng = np.random.default_rng(9)
@@ -99,7 +94,6 @@ def test_skill_by_its_formula_and_ridge_by_what_it_predicts():
     assert np.abs(ev.fit_ridge(x, y, document)(x) - y).max() < 0.2 * np.abs(y).max()
     assert np.abs(ev.fit_ridge(x, rng.standard_normal((300, 5)), document)(x)).max() < 0.8, 'nothing to learn'
 
-
 def test_pairs_windows_and_other_sentences(corpus_dir):
     rng = np.random.default_rng(8)
     x = ev.Pairs(Corpus(corpus_dir, 'train'), 300, rng, 5)
@@ -114,7 +108,6 @@ def test_pairs_windows_and_other_sentences(corpus_dir):
     assert set(ev.spread(range(100), 3)) == {0, 49, 99}
     assert list(ev.spread(range(5), 50)) == [0, 1, 2, 3, 4]
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Models that cheat
 
@@ -124,7 +117,6 @@ CHEATS = {  # a sentence's concept, of a vector for its words and one for its do
     'copy': (np.add, lambda z, a, b: z[b - 1]),
     'oracle': (np.add, lambda z, a, b: z[min(b, len(z) - 1)]),
     'random': (np.add, lambda z, a, b: np.random.default_rng([a, b]).standard_normal(32))}
-
 
 class Cheat(lib.SentenceEncoder):
     """An encoder in all but what it makes of a sentence and of a window."""
@@ -140,7 +132,6 @@ class Cheat(lib.SentenceEncoder):
     def roll(self, concepts, windows, batch_size=256):
         return np.stack([CHEATS[self.kind][1](concepts, *w) for w in windows]).astype(np.float32)
 
-
 @pytest.fixture(scope='module')
 def trained(corpus_dir, tmp_path_factory):
     """A miniature encoder, its decoders and language model, by the scripts."""
@@ -150,7 +141,6 @@ def trained(corpus_dir, tmp_path_factory):
         [], ['--language_model=True'], [f'--encoder_path={out}/encoder_init.pt'])]
     assert [job.end().returncode for job in jobs] == [0, 0, 0]
     return out
-
 
 def study(trained, corpus_dir, kind=None, **more):
     """A Study of the trained model, its encoder made a `kind` of cheat, or its configuration changed."""
@@ -165,12 +155,10 @@ def study(trained, corpus_dir, kind=None, **more):
     pairs = {'sts': [(i % 5, f'The river {i} stood.', f'The stone {i * i % 7} stood.') for i in range(40)]}
     return ev.Study({'model': (encoder, decoder)}, language_model, train, val, pairs, None)
 
-
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     for name in ('max_generated', 'max_scored', 'max_new_tokens', 'MAX_ROLLOUTS'):
         monkeypatch.setattr(ev, name, 20)
-
 
 @pytest.mark.parametrize('kind', CHEATS)
 def test_what_a_cheat_gets(trained, corpus_dir, kind):
@@ -213,7 +201,6 @@ def test_what_a_cheat_gets(trained, corpus_dir, kind):
     assert low <= value <= high
     assert value == pytest.approx(b['model']['MRR'][0] - b['TF-IDF of the window']['MRR'][0])
 
-
 @pytest.mark.parametrize('context', ['concepts', 'tokens'])
 def test_predictions_do_not_change_with_what_comes_after(trained, corpus_dir, context):
     s = study(trained, corpus_dir, context=context)
@@ -227,7 +214,6 @@ def test_predictions_do_not_change_with_what_comes_after(trained, corpus_dir, co
         assert found[0] == pytest.approx(found[1], abs=1e-5)
     if context == 'tokens':
         assert ev.rollouts(s) == {}, 'it reads tokens, and there are none'
-
 
 def test_rollouts_read_what_was_predicted(trained, corpus_dir, monkeypatch):
     """A predictor that answers with the last thing read, one step further along the first axis."""
@@ -244,7 +230,6 @@ def test_rollouts_read_what_was_predicted(trained, corpus_dir, monkeypatch):
     assert list(rows['model']) == list(rows['copy-last'])
     assert rows['model']['skill, 8 ahead'][0] < rows['model']['skill, 1 ahead'][0], 'ever further away'
 
-
 def test_information_is_against_the_best_that_knows_nothing(trained, corpus_dir):
     for rows in ev.information(study(trained, corpus_dir)).values():
         m, blind = rows['model'], ['no concept', 'mean concept', 'language model, reading nothing']
@@ -254,12 +239,10 @@ def test_information_is_against_the_best_that_knows_nothing(trained, corpus_dir)
         assert m['information'] == pytest.approx(best['nats per token'] - m['nats per token'])
         assert m['perplexity'] == pytest.approx(np.exp(m['nats per token'][0]))
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Files
 
 ROWS = [(3.0, 'A man, a plan.', 'A dog'), (0.5, 'x "y"', 'z')]
-
 
 @pytest.mark.parametrize('content', [
     '3.0\tA man, a plan.\tA dog\n0.5\tx "y"\tz\n', '\ufeff"A man, a plan.",A dog,3.0\n"x ""y""",z,0.5\n',
@@ -273,7 +256,6 @@ def test_sts_files(tmp_path, content):
     (tmp_path / 'a.csv').write_text(content, newline='')
     assert ev.read_sts(tmp_path / 'a.csv') == ROWS
 
-
 @pytest.mark.parametrize(('content', 'says'), [
     ('a,b,1\nc,d,high\n', 'line 2'), ('a,b,1\nc,2\n', 'line 2'), ('s1,s2\nx,y\n', 'line 1'),
     ('', 'no pairs'), ('s1,s2,score\n', 'no pairs'), ('score,s1,s2\n1,a\n', 'line 2'),
@@ -285,11 +267,9 @@ def test_sts_files_with_faults(tmp_path, content, says):
     with pytest.raises(UserError, match=says):
         ev.read_sts(tmp_path / 'bad.csv')
 
-
 def test_text_is_shown_without_control_bytes():
     assert ev.shown('\ufeffa\0b\x9f\x1b[31m\n c') == 'a\ufffdb\ufffd\ufffd[31m c'
     assert ev.shown('שלום 👩‍👩‍👧') == 'שלום 👩‍👩‍👧'
-
 
 def test_the_summary_says_what_a_person_can_repeat():
     def cell(value):
@@ -307,7 +287,6 @@ def test_the_summary_says_what_a_person_can_repeat():
         'Signs of collapse: random pairs have a cosine above .5',
         'RankMe before whitening is below 5 % of the width']
     assert '| copy-last | 0.234 ± 0.015 | 1 | 0.25 ± 0 |' in ev.table(sections['feature similarity'])
-
 
 # ------------------------------------------------------------------------------------------------------------
 # The script
@@ -337,7 +316,6 @@ def test_the_whole_evaluation(trained, tmp_path):
     start(*arguments).end()
     assert open(os.path.join(trained, 'report.md')).read() == report, 'the same seed, the same report'
 
-
 def test_a_decoder_of_another_encoder_is_left_out(trained, tmp_path):
     shutil.copy(os.path.join(trained, 'encoder_init.pt'), tmp_path / 'encoder.pt')
     shutil.copy(os.path.join(trained, 'decoder.pt'), tmp_path)
@@ -345,7 +323,6 @@ def test_a_decoder_of_another_encoder_is_left_out(trained, tmp_path):
     assert 'decoder.pt was trained on another encoder' in done.stderr
     assert 'Signs of collapse' in done.stdout
     assert 'information' not in done.stdout
-
 
 def test_a_prompt_is_answered(trained):
     """And again, from the concepts that were kept, but where another encoder has made them."""
@@ -362,7 +339,6 @@ def test_a_prompt_is_answered(trained):
     assert done.stdout.count('sentence: ') == 2
     assert done.stdout.count('written: ') == 2 + 3 * 2
     assert done.stdout.count('near: ') == 3 * (2 + 3 * 2)
-
 
 @pytest.mark.parametrize(('argument', 'says'), [
     ('--out_dir=nowhere', 'train_encoder.py'), ('--judge=no/such/folder', '--judge=no/such/folder'),
