@@ -162,7 +162,7 @@ def retrieved(similar, target, candidates, document):
     return {'MRR': draws(1 / ranks, document)} | {f'R@{k}': draws(ranks <= k, document) for k in (1, 10)}
 
 def nearness(p, z):
-    """Function of rows to the cosines (len(rows), N) of these of p (n, d) with unit-norm z (N, d)."""
+    """A function of rows: cosines (len(rows), N) of those rows of p (n, d) with unit-norm z (N, d)."""
     p = unit(p)
     return lambda rows: p[rows] @ z.T
 
@@ -260,7 +260,7 @@ def load(path, folder):
     another size or number of steps than the decoder that it is compared with.
     """
     def beside(name, encoder, like=None, kind='decoder'):
-        file = os.path.join(folder, f'{name}.pt')
+        file = f'{folder}/{name}.pt'
         if not os.path.exists(file):
             return None
         found = load_decoder(file, device, dtype, kind)
@@ -270,7 +270,7 @@ def load(path, folder):
             return found
         print(f'{file} was trained on another encoder, or has other steps or another size than decoder.pt: '
               'it is left out', file=sys.stderr)
-    encoder, init = load_encoder(path, device, dtype), os.path.join(folder, 'encoder_init.pt')
+    encoder, init = load_encoder(path, device, dtype), f'{folder}/encoder_init.pt'
     decoder = beside('decoder', encoder)
     models = {'model': (encoder, decoder)}
     if os.path.exists(init):
@@ -312,8 +312,10 @@ def window_means(x, z):
     return np.stack([z[a:b].mean(0) for a, b in x.windows])
 
 class Study(Pairs):
-    """The validation pairs, and what all parts read of them: spaces {name: Space}; predicted {name: (space, p
-    (n, d))}, of the model and its baselines; near (n, 31): others of each target's document.
+    """The validation pairs, and what all parts read of them.
+
+    spaces {name: Space}: of the model and other encoders; predicted {name: (space, p (n, d))}: by the model
+    and its baselines; near (n, 31): other sentences of each target's document; train: pairs to learn from.
     """
 
     def __init__(self, models, language_model, train_data, val_data, sts_pairs, judge):
@@ -430,7 +432,7 @@ def text(s):
         written = s.write(concepts)
         texts = {'model': written, 'shuffled concept': written[other], 'no concept': nothing,
                  'copy-last': s.text(target - 1)}
-        for title, kept in (('', some >= 0), (', up to 32 tokens', short)):
+        for title, kept in (('', [True] * len(some)), (', up to 32 tokens', short)):
             if any(kept):
                 rows = {name: text_scores(s, t[kept], truth[kept], z[kept], owner[kept])
                         for name, t in texts.items()}
@@ -461,7 +463,7 @@ def rollouts(s):
 
     The scalar of each is fitted to these windows.
     """
-    m, rows, span = s.model, {'model': {}, 'copy-last': {}}, eval_context + HORIZON - 1
+    m, rows, span = s.model, {}, eval_context + HORIZON - 1
     starts = np.flatnonzero(s.document[span:] == s.document[:-span])  # of long enough documents
     if not len(starts) or m.encoder.model.config.context != 'concepts':
         return {}
@@ -470,13 +472,13 @@ def rollouts(s):
     read = m.z[target[:, None] + np.arange(-eval_context, 0)]  # (n, eval_context, d)
     copied = read[:, -1]
     for h in range(HORIZON):
-        p = m.encoder.roll(read.reshape(-1, len(m.mean)), windows)
+        p = m.encoder.roll(np.concatenate(read), windows)
         read = np.concatenate((read[:, 1:], p[:, None]), 1)
         truth, near = m.z[target + h], s.others(target[:, None] + (-eval_context, h))
         for name, q in (('model', p), ('copy-last', copied)):
             by = retrieved(nearness(q, m.z), target + h, near, owner)
             rows[name] = {f'skill, {h + 1} ahead': skill(fit_scale(q, truth) * q, truth, m.mean, owner),
-                          f'MRR, {h + 1} ahead': by['MRR']} | rows[name]
+                          f'MRR, {h + 1} ahead': by['MRR']} | rows.get(name, {})
     return {'rollout': rows}
 
 PARTS = information, similarity, retrieval, geometry, text, sentence_pairs, rollouts
@@ -568,12 +570,12 @@ def picture(folder):
             ('metrics.csv', 'val_skill', 'train_skill', 'val_copy_skill', 'val_window_skill'),
             ('metrics_decoder.csv', 'val_loss', 'val_shuffled', 'val_unconditional'))):
         axis.set(title=f'{file}, by step')
-        if os.path.exists(path := os.path.join(folder, file)):
+        if os.path.exists(path := f'{folder}/{file}'):
             log = np.genfromtxt(path, delimiter=',', names=True, ndmin=1)
             log = log[np.isfinite(log[columns[0]])]
             axis.plot(log['step'], np.stack([log[c] for c in columns], 1), label=columns)
             axis.legend()
-    figure.savefig(os.path.join(folder, 'report.png'))
+    figure.savefig(f'{folder}/report.png')
 
 # ----------------------------------------------------------------------------------------------------
 # A prompt's answer, or the evaluation
@@ -587,7 +589,7 @@ def answer(folder, encoder, decoder, val):
     if not read or (steps > 1 and not decoder):
         raise UserError('--prompt needs a sentence, and --steps above 1 a decoder')
     sentences = Pairs(val, 2000, np.random.default_rng(seed)).sentences
-    path, key = os.path.join(folder, 'val.npz'), [encoder.fingerprint, zlib.crc32(np.concatenate(sentences))]
+    path, key = f'{folder}/val.npz', [encoder.fingerprint, zlib.crc32(np.concatenate(sentences))]
     kept = np.load(path) if os.path.exists(path) else {'key': []}
     if not np.array_equal(kept['key'], key):
         kept = {'key': key, 'z': encoder.encode_tokens(sentences, batch_size)}
@@ -614,7 +616,7 @@ def answer(folder, encoder, decoder, val):
 
 def main():
     """Answer the prompt, or evaluate."""
-    folder, sections = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir), {}
+    folder, sections = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir) or '.', {}
     models, language_model = load(out_dir, folder)
     encoder, decoder = models['model']
     train, val = (Corpus(data_dir or encoder.settings['data_dir'], split) for split in ('train', 'val'))
@@ -634,12 +636,12 @@ def main():
     for sample in shows:
         out += ['', *('- ' + re.sub(r'([^\w\s.,;:\'"?])', r'\\\1', line) for line in sample)]
     picture(folder)
-    write_file(os.path.join(folder, 'report.md'), '\n'.join([*out, '']))
+    write_file(f'{folder}/report.md', '\n'.join([*out, '']))
     metrics = {'summary': lines, 'metrics': sections, 'settings': settings}
-    write_file(os.path.join(folder, 'metrics.json'), json.dumps(metrics, indent=1, default=interval))
+    write_file(f'{folder}/metrics.json', json.dumps(metrics, indent=1, default=interval))
     for sample in shows[:3]:
         print(*sample, '', sep='\n')
-    print(*lines, f'{os.path.join(folder, "report.md")} has all tables and samples', sep='\n')
+    print(*lines, f'{folder}/report.md has all tables and samples', sep='\n')
 
 if __name__ == '__main__':
     settings = override(globals(), positive=(
