@@ -15,20 +15,22 @@ import json
 import os
 import re
 import sys
-import time
-from functools import lru_cache
+import zlib
+from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import GroupKFold
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from tqdm import tqdm
 
 from config import UserError, override, write_file
 from model import fit_scale, load_decoder, load_encoder, rank_me, worst_ranks
-from prepare import Corpus, clean, split_sentences
+from prepare import Corpus, as_user_error, clean, split_sentences
 
 # ----------------------------------------------------------------------------------------------------
 # Settings: override with --name=value
@@ -39,10 +41,9 @@ max_pairs = 10_000  # (window, next sentence) pairs, at most 5 a document
 max_train_sentences = 4000  # train sentences to predict: for means, scales, ridge and idf
 max_generated = 200  # sentences written for BLEU, ROUGE and chrF
 max_scored = 400  # sentences scored for information
-n_samples = 12  # samples in the report
 sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
 judge = ''  # folder or name of a sentence-transformers model that compares what was written with the truth
-prompt = ''  # instead of the evaluation: sentences to reconstruct and go on from; '-' reads standard input
+prompt = ''  # instead of the evaluation: sentences to reconstruct and go on from
 steps = 1  # sentences to go on for, each read as it was written
 num_samples = 1  # such continuations
 max_new_tokens = 64  # of a sentence
@@ -65,39 +66,38 @@ class Pairs:
     """(window, next sentence) pairs from documents in one random order, at most per_document of each.
 
     sentences: token ids (N), documents end to end; document (N,): the number of each sentence's document,
-    ascending; target (n,): the sentence to predict; windows (n,): (start, target) of the sentences read;
+    ascending; target (n,): the sentence to predict; windows (n, 2): (start, target) of the sentences read;
     owner (n,): the target's document; partner (n,): a pair of another document. Raises UserError where there
     are not two documents.
     """
 
     def __init__(self, data, n_pairs, rng, per_document=50):
-        self.sentences, document, target = [], [], []
+        self.rng, self.sentences, document, windows = rng, [], [], []
         for number, d in enumerate(np.random.default_rng(0).permutation(data.n_documents)):
             ids, first = data.document(d), len(self.sentences)
             self.sentences += ids
             document += [number] * len(ids)
-            drawn = rng.permutation(np.arange(1, len(ids)))[:per_document]
-            target += sorted(first + drawn)
-            if len(target) >= n_pairs:
+            drawn = first + 1 + rng.permutation(len(ids) - 1)[:per_document]
+            windows += [(max(first, t - eval_context), t) for t in sorted(drawn)]
+            if len(windows) >= n_pairs:
                 break
-        self.document, self.target = np.array(document), np.array(target[:n_pairs], int)
+        self.document, self.windows = np.array(document), np.array(windows[:n_pairs], int).reshape(-1, 2)
+        self.target = self.windows[:, 1]
         self.owner = self.document[self.target]
         if len(set(self.owner)) < 2:
             raise UserError('each split needs two documents of two sentences or more: prepare more text, or '
                             'set a larger --max_pairs and --max_train_sentences')
-        self.start = np.maximum(self.target - eval_context, np.searchsorted(self.document, self.owner))
-        self.windows = list(zip(self.start, self.target))
         self.partner = partners(self.owner, rng)
 
-    def others(self, rng, start, target):
-        """Up to 31 sentences of each target's document, after it or before its window: (len(target), 31).
+    def others(self, windows):
+        """Up to 31 sentences of each target's document, after it or before its window: (len(windows), 31).
 
         The target itself fills up the row where there are fewer.
         """
-        out = np.repeat(target[:, None], 31, 1)
-        for row, a, t in zip(out, start, target):
-            inside = np.flatnonzero(self.document == self.document[t])
-            drawn = rng.permutation(inside[(inside < a) | (inside > t)])[:31]
+        out = np.repeat(windows[:, 1:], 31, 1)
+        for row, (start, target) in zip(out, windows):
+            inside = np.flatnonzero(self.document == self.document[target])
+            drawn = self.rng.permutation(inside[(inside < start) | (inside > target)])[:31]
             row[:len(drawn)] = drawn
         return out
 
@@ -105,9 +105,9 @@ def partners(document, rng):
     """For each of the items of `document` (n,), the index of an item of another document, at random."""
     return np.array([rng.choice(np.flatnonzero(document != d)) for d in document])
 
-def spread(n, most):
-    """At most `most` of n indices, evenly spaced with both ends, so never of one document only."""
-    return np.unique(np.linspace(0, n - 1, max(most, 2)).astype(int))
+def spread(items, most):
+    """At most `most` places in items, evenly spaced with both ends, so never of one document only."""
+    return np.unique(np.linspace(0, len(items) - 1, max(most, 2)).astype(int))
 
 # ----------------------------------------------------------------------------------------------------
 # Measures on arrays
@@ -120,10 +120,9 @@ def resamples(n):
 def draws(values, document, weights=None):
     """sum(values) / sum(weights) over the items (n,), then in each bootstrap sample of documents: (1001,).
 
-    0 where the weights vanish.
+    Without weights a mean; 0 where the weights vanish.
     """
     _, number = np.unique(document, return_inverse=True)
-    weights = np.ones(len(values)) if weights is None else weights
     top, bottom = (resamples(number.max() + 1) @ np.bincount(number, v) for v in (values, weights))
     return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 1e-6)
 
@@ -132,8 +131,8 @@ def spearman(a, b):
 
     To six places: what a product rounds differently is no order.
     """
-    x, y = (rankdata(np.round(v, 6)) - (len(v) + 1) / 2 for v in (a, b))
-    x, y = (v / max(v.std(), 1e-9) for v in (x, y))
+    x, y = (rankdata(np.round(v, 6)) for v in (a, b))
+    x, y = ((v - v.mean()) / max(v.std(), 1e-9) for v in (x, y))
     return draws(200 * x * y, np.arange(len(a)), x * x + y * y)  # samples differ in their variances too
 
 def unit(x):
@@ -162,21 +161,26 @@ def retrieved(similar, target, candidates, document):
     ranks = torch.cat(ranks).numpy()
     return {'MRR': draws(1 / ranks, document)} | {f'R@{k}': draws(ranks <= k, document) for k in (1, 10)}
 
+def nearness(p, z):
+    """A function of rows: cosines (len(rows), N) of those rows of p (n, d) with unit-norm z (N, d)."""
+    p = unit(p)
+    return lambda rows: p[rows] @ z.T
+
 def token_sums(table, sequences):
     """Sums of the rows of table (V, d) over each sequence's tokens, at length 1: (n, d)."""
     return unit(np.stack([table[s].sum(0) for s in sequences]))
 
 def fit_ridge(x, y, document):
     """Ridge regression of y on x (n, d) as a function; its penalty predicts held-out documents best."""
-    size, folds = len(x) * x.var(0).mean() + 1e-9, GroupKFold(min(5, len(set(document))))
-    search = RidgeCV(size * np.array((0.1, 1, 10, 100)), cv=[*folds.split(x, y, document)])
-    return search.fit(x, y).predict
+    penalties = np.array((0.1, 1, 10, 100)) * (len(x) * x.var(0).mean() + 1e-9)
+    folds = GroupKFold(min(5, len(set(document))))
+    return GridSearchCV(Ridge(), {'alpha': penalties}, cv=folds).fit(x, y, groups=document).predict
 
 def repeats(texts, owner):
     """Cell of the share of bigrams that stood in the same text before."""
     pairs = [list(pairwise(re.findall(r'\w+', t.lower()))) for t in texts]
-    many, few = ([len(kind(p)) for p in pairs] for kind in (list, set))
-    return {'repeated bigrams': draws(np.subtract(many, few), owner, many)}
+    repeated = [len(p) - len(set(p)) for p in pairs]
+    return {'repeated bigrams': draws(repeated, owner, list(map(len, pairs)))}
 
 def text_scores(s, texts, truth, z, owner):
     """Cells of texts beside the truth, both (n,), whose concepts are z (n, d).
@@ -184,13 +188,15 @@ def text_scores(s, texts, truth, z, owner):
     rouge_score's F1 (ROUGE-1 is that of unigrams), sacrebleu's BLEU (13a) and chrF, x 100; cosines of E(text)
     and z, and of the judge's embeddings; the share of repeated bigrams.
     """
+    import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics import BLEU, CHRF
-    rouge = [RougeScorer(['rouge1', 'rouge2', 'rougeL']).score(*pair) for pair in zip(truth, texts)]
+    texts, truth = list(texts), list(truth)
+    scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
+    rouge = [scorer.score(*pair) for pair in zip(truth, texts)]
     cells = {f'ROUGE-{k}': draws([100 * r[f'rouge{k}'].fmeasure for r in rouge], owner) for k in '12L'}
-    cells |= {'BLEU': BLEU().corpus_score(list(texts), [list(truth)]).score,
-              'chrF': CHRF().corpus_score(list(texts), [list(truth)]).score,
-              'round trip': draws(cosine(s.model.encoder.encode(texts), z), owner)}
+    cells['BLEU'] = sacrebleu.corpus_bleu(texts, [truth]).score
+    cells['chrF'] = sacrebleu.corpus_chrf(texts, [truth]).score
+    cells['round trip'] = draws(cosine(s.model.encoder.encode(texts), z), owner)
     if s.judge:
         cells['judge'] = draws(cosine(s.judge(texts), s.judge(truth)), owner)
     return cells | repeats(texts, owner)
@@ -198,84 +204,79 @@ def text_scores(s, texts, truth, z, owner):
 # ----------------------------------------------------------------------------------------------------
 # Files and models from outside
 
-SENTENCES = {'sentence1', 'sentence2', 's1', 's2', 'sentence_a', 'sentence_b'}  # names in STS files' headers
+STS_NAMES = r'\s*(.*score|(s|sentence_?)[12ab])\s*'  # of the columns, in a header
+STS_FORMAT = ('expected a score, first or last, and two sentences (in quotes where they have commas), or a '
+              'header such as score,sentence1,sentence2')
 
 def read_sts(path):
     """(score, sentence, sentence) rows of a .csv or .tsv file. Raises UserError that names the line.
 
-    By the names of a header: a column that ends in 'score', and two of SENTENCES. Without one, of three
-    columns the first or the last, whichever is a number, is the score; of seven, as in the original STS-B,
-    the fifth (some of its rows have one or two sources more).
+    Columns are found by the names of a header (STS_NAMES). Without one, of three columns the first or the
+    last, whichever is a number, is the score; of seven, as in the original STS-B, the fifth (some of its rows
+    have one or two sources more).
     """
-    try:
-        with open(os.path.expanduser(path), encoding='utf-8-sig', newline='') as f:
-            tabs = '\t' in f.readline()
-            f.seek(0)
-            reader = csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE) if tabs else csv.reader(f)
-            rows = [(reader.line_num, cells) for cells in reader if cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'cannot read --sts={path}: {error}') from None
-    names = [c.strip().lower() for c in rows[0][1]] if rows else []
-    known = [i for i, c in enumerate(names) if c.endswith('score')]
-    known += [i for i, c in enumerate(names) if c in SENTENCES]
-    original = [(4, 5, 6)]
-    places = {3: [(0, 1, 2), (2, 0, 1)], 7: original, 8: original, 9: original}
-    if len(known) == 3:
-        places, rows = {len(names): [known]}, rows[1:]
-    is_score, pairs = re.compile(r'\s*-?\d*\.?\d+\s*').fullmatch, []
-    for line, cells in rows or [(1, [])]:
-        fits = [[cells[i] for i in p] for p in places.get(len(cells), []) if is_score(cells[p[0]])]
-        if len(fits) != 1:
-            raise UserError(f'{path}, line {line}: expected a score, first or last, and two sentences (in '
-                            'quotes where they have commas), or a header such as score,sentence1,sentence2')
-        score, *sentences = fits[0]
-        pairs.append((float(score), *map(clean, sentences)))
+    places, pairs = {3: [(0, 1, 2), (2, 0, 1)]} | {n: [(4, 5, 6)] for n in (7, 8, 9)}, []
+    with as_user_error(f'read --sts={path}', STS_FORMAT), \
+            open(os.path.expanduser(path), encoding='utf-8-sig', newline='') as f:
+        tabs = '\t' in f.readline()
+        f.seek(0)
+        reader = csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE) if tabs else csv.reader(f)
+        for cells in filter(None, reader):
+            named = [i for i, cell in enumerate(cells) if re.fullmatch(STS_NAMES, cell, re.I)]
+            if len(named) == 3:
+                places = {len(cells): [sorted(named, key=lambda i: 'score' not in cells[i].lower())]}
+                continue
+            fits = [[cells[i] for i in place] for place in places.get(len(cells), ())
+                    if re.fullmatch(r'\s*-?\d*\.?\d+\s*', cells[place[0]])]
+            if len(fits) != 1:
+                raise ValueError(f'line {reader.line_num}')
+            score, *sentences = fits[0]
+            pairs.append((float(score), *map(clean, sentences)))
+        if not pairs:
+            raise ValueError('no pairs')
     return pairs
 
 def sts_files(names):
     """{name: rows} of the setting `sts`."""
     if names != 'hub':
         return {os.path.basename(n): read_sts(n) for n in filter(None, names.split(','))}
-    try:
+    with as_user_error('download STS-B', 'give --sts=<a file>'):
         from datasets import load_dataset
         splits = load_dataset('sentence-transformers/stsb')
-    except Exception as error:  # the client raises dozens of kinds for a hub that is out of reach
-        raise UserError(f'cannot download STS-B ({type(error).__name__}): give --sts=<a file>') from None
-    return {name: list(zip(*(splits[name][c] for c in ('score', 'sentence1', 'sentence2'))))
-            for name in ('validation', 'test')}
+        return {name: list(zip(*(splits[name][c] for c in ('score', 'sentence1', 'sentence2'))))
+                for name in ('validation', 'test')}
 
 def judge_encoder(name):
     """Function of a list of str to vectors (n, d) of a sentence-transformers model; None without a name."""
-    if not name:
-        return None
-    try:
-        from sentence_transformers import SentenceTransformer
-        return SentenceTransformer(os.path.expanduser(name), device='cpu').encode
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f'cannot load --judge={name}, a folder of sentence-transformers: {error}') from None
+    if name:
+        with as_user_error(f'load --judge={name}', 'it takes a folder of sentence-transformers'):
+            from sentence_transformers import SentenceTransformer
+            return SentenceTransformer(os.path.expanduser(name), device='cpu').encode
 
 def load(path, folder):
     """{'model', 'step 0' if it was kept: (encoder, decoder or None)}, and a language model or None.
 
-    The encoder is at `path`, all others in `folder`.
+    The encoder is at `path`, all others in `folder`. Left out is what was trained on another encoder, or has
+    another size or number of steps than the decoder that it is compared with.
     """
-    def beside(name, read, *kind):
-        file = os.path.join(folder, f'{name}.pt')
-        return read(file, device, dtype, *kind) if os.path.exists(file) else None
-    models = {'model': (load_encoder(path, device, dtype), beside('decoder', load_decoder)),
-              'step 0': (beside('encoder_init', load_encoder), beside('decoder_init', load_decoder))}
-    language_model = beside('language_model', load_decoder, 'language_model')
-    for name, (encoder, decoder) in models.items():
-        if encoder and decoder and abs(decoder.fingerprint / encoder.fingerprint - 1) > 1e-6:
-            print(f'the decoder of {name} in {folder} was trained on another encoder: it is left out',
-                  file=sys.stderr)
-            models[name] = encoder, None
-    for name, other in (('language_model', language_model), ('decoder_init', models['step 0'][1])):
-        decoder = models['model'][1]
-        if other and decoder and (other.step, other.model.config) != (decoder.step, decoder.model.config):
-            print(f'{name}.pt has {other.step} steps, decoder.pt {decoder.step}, or another size: its rows '
-                  'do not compare like with like', file=sys.stderr)
-    return {k: v for k, v in models.items() if v[0]}, language_model
+    def beside(name, encoder, like=None, kind='decoder'):
+        file = f'{folder}/{name}.pt'
+        if not os.path.exists(file):
+            return None
+        found = load_decoder(file, device, dtype, kind)
+        like = like or found
+        if abs(found.fingerprint / encoder.fingerprint - 1) < 1e-6 and \
+                (found.step, found.model.config) == (like.step, like.model.config):
+            return found
+        print(f'{file} was trained on another encoder, or has other steps or another size than decoder.pt: '
+              'it is left out', file=sys.stderr)
+    encoder, init = load_encoder(path, device, dtype), f'{folder}/encoder_init.pt'
+    decoder = beside('decoder', encoder)
+    models = {'model': (encoder, decoder)}
+    if os.path.exists(init):
+        untrained = load_encoder(init, device, dtype)
+        models['step 0'] = untrained, beside('decoder_init', untrained, decoder)
+    return models, beside('language_model', encoder, decoder, 'language_model')
 
 # ----------------------------------------------------------------------------------------------------
 # What all parts read
@@ -290,47 +291,50 @@ class Space:
 
     def __init__(self, encoder, decoder, x, t):
         self.encoder, self.decoder = encoder, decoder
-        sides = [(v, encoder.encode_tokens(v.sentences, batch_size)) for v in (t, x)]
-        known, self.truth = (z[v.target] for v, z in sides)
-        self.z, self.mean = sides[1][1], known.mean(0)
-        predictors = {'model': self.predict, 'copy-last': lambda v, z: z[v.target - 1],
-                      'window mean': window_means}
-        by = {name: [predictor(*side) for side in sides] for name, predictor in predictors.items()}
-        by['shuffled context'] = [p[v.partner] for p, (v, _) in zip(by['model'], sides)]
-        self.p = {name: (fit_scale(before, known) * p).astype(np.float32) for name, (before, p) in by.items()}
-        self.p['ridge'] = fit_ridge(by['window mean'][0], known, t.owner)(by['window mean'][1])
+        z, self.z = (encoder.encode_tokens(pairs.sentences, batch_size) for pairs in (t, x))
+        before, after = predictions(encoder, t, z), predictions(encoder, x, self.z)
+        known, self.truth = z[t.target], self.z[x.target]
+        self.mean = known.mean(0)
+        self.p = {name: (fit_scale(before[name], known) * p).astype(np.float32) for name, p in after.items()}
+        self.p['ridge'] = fit_ridge(before['window mean'], known, t.owner)(after['window mean'])
 
-    def predict(self, x, z):
-        """What the encoder's predictor expects (n, d) after the windows of x, whose concepts are z."""
-        if self.encoder.model.config.context == 'concepts':  # at hand: not encoded again
-            return self.encoder.roll(z, x.windows)
-        return self.encoder.predict_windows(x.sentences, x.windows, batch_size)
+def predictions(encoder, x, z):
+    """What is expected after the windows of x, whose concepts are z: {name: (n, d)}, of any length."""
+    if encoder.model.config.context == 'concepts':  # at hand: not encoded again
+        p = encoder.roll(z, x.windows)
+    else:
+        p = encoder.predict_windows(x.sentences, x.windows, batch_size)
+    return {'model': p, 'copy-last': z[x.target - 1], 'window mean': window_means(x, z),
+            'shuffled context': p[x.partner]}
 
 def window_means(x, z):
     """Mean (n, d) of the rows of z in each window of x."""
     return np.stack([z[a:b].mean(0) for a, b in x.windows])
 
-class Study:
-    """What all parts read: spaces {name: Space}; predicted {name: (space, p (n, d))}, model and baselines."""
+class Study(Pairs):
+    """The validation pairs, and what all parts read of them.
+
+    spaces {name: Space}: of the model and other encoders; predicted {name: (space, p (n, d))}: by the model
+    and its baselines; near (n, 31): other sentences of each target's document; train: pairs to learn from.
+    """
 
     def __init__(self, models, language_model, train_data, val_data, sts_pairs, judge):
         self.language_model, self.sts_pairs, self.judge = language_model, sts_pairs, judge
-        self.rng = rng = np.random.default_rng(seed)
-        self.x = x = Pairs(val_data, max_pairs, rng, 5)
-        self.t = t = Pairs(train_data, max_train_sentences, rng)
-        self.near = x.others(rng, x.start, x.target)
-        self.spaces = {name: Space(*pair, x, t) for name, pair in models.items()}
+        rng = np.random.default_rng(seed)
+        super().__init__(val_data, max_pairs, rng, 5)
+        self.train = Pairs(train_data, max_train_sentences, rng)
+        self.near = self.others(self.windows)
+        self.spaces = {name: Space(*pair, self, self.train) for name, pair in models.items()}
         self.model = m = self.spaces['model']
         # whitened on as many sentences as the model's own space
         untrained = m.encoder.random(Pairs(train_data, 50 * m.encoder.dim, rng).sentences, seed)
-        self.spaces['random encoder'] = Space(untrained, None, x, t)
+        self.spaces['random encoder'] = Space(untrained, None, self, self.train)
         self.predicted = {name: (m, p) for name, p in m.p.items()} | {
             name: (space, space.p['model']) for name, space in self.spaces.items()}
-        self.tokenizer = m.encoder.tokenizer
 
     def text(self, sentences):
         """What the sentences of these indices say: (n,) of str."""
-        return np.array([self.tokenizer.decode(self.x.sentences[i]) for i in sentences], object)
+        return np.array([self.model.encoder.tokenizer.decode(self.sentences[i]) for i in sentences], object)
 
     def write(self, concepts):
         """What the model's decoder writes of concepts (n, d): (n,) of str."""
@@ -341,69 +345,68 @@ class Study:
 
 def information(s):
     """Nats a token that the truth costs less given a concept than given the best that knows nothing."""
-    x, m, lm, some = s.x, s.model, s.language_model, spread(len(s.x.target), max_scored)
+    m, lm, some = s.model, s.language_model, spread(s.target, max_scored)
     if not m.decoder:
         return {}
-    sentences, owner = [x.sentences[i] for i in x.target[some]], x.owner[some]
+    sentences, owner = [s.sentences[i] for i in s.target[some]], s.owner[some]
     tokens = np.array([len(i) + 1 for i in sentences])  # the end counts
-    size = len(''.join(s.text(x.target[some])).encode())
+    n_bytes = len(''.join(s.text(s.target[some])).encode())
 
     def nats(decoder, concepts=None, contexts=None):
         return decoder.nll(sentences, concepts, contexts, batch_size)
-    shared = {'no concept': nats(m.decoder), 'mean concept': nats(m.decoder, np.tile(m.mean, (len(some), 1)))}
+    shared = {'no concept': nats(m.decoder), 'mean concept': nats(m.decoder, 0 * m.truth[some] + m.mean)}
     if lm:
         shared['language model, reading nothing'] = nats(lm)
     best = min(shared.values(), key=sum)
     if lm:
-        windows = [x.sentences[a:b] for a, b in zip(x.start[some], x.target[some])]
+        windows = [s.sentences[a:b] for a, b in s.windows[some]]
         shared['language model, reading the window'] = nats(lm, contexts=windows)
     own = {name: (space, space.truth) for name, space in s.spaces.items()}
-    own['shuffled concept'] = m, m.truth[x.partner]
+    own['shuffled concept'] = m, m.truth[s.partner]
     out = {}
     for kind, given in (('prediction', s.predicted), ('reconstruction', own)):
         costs = {name: nats(v.decoder, c[some]) for name, (v, c) in given.items() if v.decoder} | shared
         out[f'information of a {kind}'] = {name: {
             'information': draws(best - n, owner, tokens), 'nats per token': draws(n, owner, tokens),
-            'perplexity': np.exp(n.sum() / tokens.sum()), 'bits per byte': n.sum() / np.log(2) / size}
+            'perplexity': np.exp(n.sum() / tokens.sum()), 'bits per byte': n.sum() / np.log(2) / n_bytes}
             for name, n in costs.items()}
     return out
 
 def similarity(s):
     """Skill, and cosines with the truth, another sentence of its document and one of another document."""
-    rows, x, near = {}, s.x, s.near[:, 0]
-    beside = near != x.target  # there is another sentence in the document
+    rows, near = {}, s.near[:, 0]
+    beside = near != s.target  # there is another sentence in the document
     for name, (space, p) in s.predicted.items():
-        value, mean = (skill(q, space.truth, space.mean, x.owner) for q in (p, space.p['window mean']))
+        value, mean = (skill(q, space.truth, space.mean, s.owner) for q in (p, space.p['window mean']))
         rows[name] = {'skill': value, "skill less the window mean's": value - mean,
-                      'cosine, true': draws(cosine(p, space.truth), x.owner),
-                      'in document': draws(beside * cosine(p, space.z[near]), x.owner, beside),
-                      'unrelated': draws(cosine(p, space.truth[x.partner]), x.owner)}
+                      'cosine, true': draws(cosine(p, space.truth), s.owner),
+                      'in document': draws(beside * cosine(p, space.z[near]), s.owner, beside),
+                      'unrelated': draws(cosine(p, space.truth[s.partner]), s.owner)}
     return {'feature similarity': rows}
 
 def retrieval(s):
     """Where the true next sentence ranks in its document, and among one sentence of each other document."""
-    x, order = s.x, s.rng.permutation(len(s.x.sentences))
-    tokens = token_sums(s.model.encoder.model.target.embedding.weight.cpu().numpy(), x.sentences)
+    order = s.rng.permutation(len(s.sentences))
+    tokens = token_sums(s.model.encoder.model.target.embedding.weight.cpu().numpy(), s.sentences)
     tokens -= tokens.mean(0)
     grams = TfidfVectorizer(analyzer=lambda ids: map(str, [*ids, *pairwise(ids)]), sublinear_tf=True)
-    texts = grams.fit(s.t.sentences + x.sentences).transform(x.sentences).T.tocsr()
-    queries = grams.transform([np.concatenate(x.sentences[a:b]) for a, b in x.windows])
-    spaces = {name: (unit(p), space.z) for name, (space, p) in s.predicted.items()}
-    spaces['token mean'] = unit(window_means(x, tokens)), unit(tokens)
-    similar = {name: lambda rows, p=p, z=z: p[rows] @ z.T for name, (p, z) in spaces.items()}
+    texts = grams.fit(s.train.sentences + s.sentences).transform(s.sentences).T.tocsr()
+    queries = grams.transform([np.concatenate(s.sentences[a:b]) for a, b in s.windows])
+    similar = {name: nearness(p, space.z) for name, (space, p) in s.predicted.items()}
+    similar['token mean'] = nearness(window_means(s, tokens), unit(tokens))
     similar['TF-IDF of the window'] = lambda rows: (queries[rows] @ texts).toarray()
     similar['chance'] = lambda rows: s.rng.random((len(rows), len(order)))
-    one = order[np.unique(x.document[order], return_index=True)[1]][:10_000]  # of each document
-    corpus = np.where(x.document[one] == x.owner[:, None], x.target[:, None], one)
-    return {f'retrieval {where}': {name: retrieved(by, x.target, candidates, x.owner)
+    one = order[np.unique(s.document[order], return_index=True)[1]][:10_000]  # of each document
+    corpus = np.where(s.document[one] == s.owner[:, None], s.target[:, None], one)
+    return {f'retrieval {where}': {name: retrieved(by, s.target, candidates, s.owner)
                                    for name, by in similar.items()}
             for where, candidates in (('in document', s.near), ('corpus', corpus))}
 
 @torch.inference_mode()
 def geometry(s):
     """How concepts fill their space, and what the order of a sentence's tokens changes."""
-    rows, some = {}, s.rng.permutation(len(s.x.sentences))[:2000]
-    sentences = [s.x.sentences[i] for i in some]
+    rows, some = {}, s.rng.permutation(len(s.sentences))[:2000]
+    sentences = [s.sentences[i] for i in some]
     shuffled = [s.rng.permutation(ids) for ids in sentences[:300]]
 
     def rank(v):
@@ -419,18 +422,18 @@ def geometry(s):
 
 def text(s):
     """What the decoder writes of a sentence's own concept (reconstruct) and the predicted one (predict)."""
-    some, out = spread(len(s.x.target), max_generated), {}
+    some, out = spread(s.target, max_generated), {}
     if not s.model.decoder:
-        return {}
-    target, owner, z = s.x.target[some], s.x.owner[some], s.model.truth[some]
+        return out
+    target, owner, z = s.target[some], s.owner[some], s.model.truth[some]
     truth, nothing, other = s.text(target), s.write(0 * z[:1]).repeat(len(some)), partners(owner, s.rng)
-    short = np.flatnonzero([len(s.x.sentences[i]) <= 32 for i in target])
+    short = [len(s.sentences[i]) <= 32 for i in target]
     for kind, concepts in (('reconstruct', z), ('predict', s.model.p['model'][some])):
         written = s.write(concepts)
         texts = {'model': written, 'shuffled concept': written[other], 'no concept': nothing,
                  'copy-last': s.text(target - 1)}
-        for title, kept in (('', np.arange(len(some))), (', up to 32 tokens', short)):
-            if len(kept):
+        for title, kept in (('', [True] * len(some)), (', up to 32 tokens', short)):
+            if any(kept):
                 rows = {name: text_scores(s, t[kept], truth[kept], z[kept], owner[kept])
                         for name, t in texts.items()}
                 out[f'text, {kind}{title}'] = rows | {'references': repeats(truth[kept], owner[kept])}
@@ -438,16 +441,17 @@ def text(s):
 
 def sentence_pairs(s):
     """Spearman x 100 of the cosine of two sentences with the human score."""
-    tokenize, n, rows = s.tokenizer.encode_batch, s.tokenizer.n_vocab, {}
-    df = np.bincount(np.concatenate([np.unique(i) for i in s.t.sentences]), minlength=n)
-    vectors = np.random.default_rng(0).standard_normal((n, 256))
-    weighted = vectors * np.log((1 + len(s.t.sentences)) / (1 + df))[:, None]
-    embed = {name: space.encoder.encode for name, space in s.spaces.items()} | {
-        'random token mean': lambda t: token_sums(vectors, tokenize(t)),
-        'random token mean, idf': lambda t: token_sums(weighted, tokenize(t)),
-        'shuffled pairs': s.model.encoder.encode}
+    encoder, rows = s.model.encoder, {}
+    tokenizer, train = encoder.tokenizer, s.train.sentences
+    df = np.bincount(np.concatenate(list(map(np.unique, train))), minlength=tokenizer.n_vocab)
+    vectors = np.random.default_rng(0).standard_normal((len(df), 256))
+    weighted = vectors * np.log((1 + len(train)) / (1 + df))[:, None]
+    embed = {name: space.encoder.encode_tokens for name, space in s.spaces.items()} | {
+        'random token mean': partial(token_sums, vectors),
+        'random token mean, idf': partial(token_sums, weighted), 'shuffled pairs': encoder.encode_tokens}
     for file, scored in s.sts_pairs.items():
         human, *sides = zip(*scored)
+        sides = list(map(tokenizer.encode_batch, sides))
         for name, function in embed.items():
             a, b = map(function, sides)
             b = s.rng.permutation(b) if name == 'shuffled pairs' else b
@@ -459,26 +463,25 @@ def rollouts(s):
 
     The scalar of each is fitted to these windows.
     """
-    x, m, rows, span = s.x, s.model, {'model': {}, 'copy-last': {}}, eval_context + HORIZON - 1
-    starts = np.flatnonzero(x.document[span:] == x.document[:-span])  # of long enough documents
+    m, rows, span = s.model, {}, eval_context + HORIZON - 1
+    starts = np.flatnonzero(s.document[span:] == s.document[:-span])  # of long enough documents
     if not len(starts) or m.encoder.model.config.context != 'concepts':
         return {}
-    target = starts[spread(len(starts), MAX_ROLLOUTS)] + eval_context
-    owner, ends = x.document[target], eval_context * np.arange(1, len(target) + 1)
+    target = starts[spread(starts, MAX_ROLLOUTS)] + eval_context
+    owner, windows = s.document[target], eval_context * (np.arange(len(target))[:, None] + (0, 1))
     read = m.z[target[:, None] + np.arange(-eval_context, 0)]  # (n, eval_context, d)
     copied = read[:, -1]
     for h in range(HORIZON):
-        p = m.encoder.roll(read.reshape(-1, len(m.mean)), list(zip(ends - eval_context, ends)))
+        p = m.encoder.roll(np.concatenate(read), windows)
         read = np.concatenate((read[:, 1:], p[:, None]), 1)
-        truth, near = m.z[target + h], x.others(s.rng, target - eval_context, target + h)
+        truth, near = m.z[target + h], s.others(target[:, None] + (-eval_context, h))
         for name, q in (('model', p), ('copy-last', copied)):
-            by = retrieved((unit(q) @ m.z.T).__getitem__, target + h, near, owner)
+            by = retrieved(nearness(q, m.z), target + h, near, owner)
             rows[name] = {f'skill, {h + 1} ahead': skill(fit_scale(q, truth) * q, truth, m.mean, owner),
-                          f'MRR, {h + 1} ahead': by['MRR']} | rows[name]
+                          f'MRR, {h + 1} ahead': by['MRR']} | rows.get(name, {})
     return {'rollout': rows}
 
-PARTS = {  # and their shares of the time, %; the rest is spent on concepts
-    information: 15, similarity: 1, retrieval: 6, geometry: 6, text: 14, sentence_pairs: 8, rollouts: 2}
+PARTS = information, similarity, retrieval, geometry, text, sentence_pairs, rollouts
 
 # ----------------------------------------------------------------------------------------------------
 # Report
@@ -512,114 +515,92 @@ def number(cell):
     return f'{value:.3g} ± {(high - low) / 2:.2g}'
 
 def compare(sections):
-    """Add the column LESS: by how much the first column of the model is ahead of the row's, paired."""
-    for rows in sections.values():
-        first = next(iter(rows['model']))
-        for name, row in rows.items():
-            if name != 'model' and isinstance(row.get(first), np.ndarray):
-                row[LESS] = rows['model'][first] - row[first]
+    """Add the column LESS: by how much the first column of the model is ahead of the row's, paired.
 
-def summary(sections):
-    """What the model is ahead of, level with and behind; what training added; signs of collapse: lines."""
+    Returns the summary: what the model is ahead of, level with and behind; what training added; signs of
+    collapse.
+    """
     lines, added = [], []
     for title, rows in sections.items():
-        places, column = {'ahead of': [], 'level with': [], 'behind': []}, next(iter(rows['model']))
+        column, own = next(iter(rows['model'].items()))
+        places = {'ahead of': [], 'level with': [], 'behind': []}
         for name, row in rows.items():
-            if LESS in row:
+            if name != 'model' and isinstance(row.get(column), np.ndarray):
+                row[LESS] = own - row[column]
                 _, low, high = interval(row[LESS])
                 places['ahead of' if low > 0 else 'behind' if high < 0 else 'level with'].append(name)
-                added += [f'{title}, {column} {number(row[LESS])}'] * (name == 'step 0')
-        if any(places.values()):
-            lines.append(f'{title}: {column} {number(rows["model"][column])}, ' + '; '.join(
-                f'{place} {", ".join(names)}' for place, names in places.items() if names))
+        said = [f'{place} {", ".join(names)}' for place, names in places.items() if names]
+        lines.append('; '.join([f'{title}: {column} {number(own)}', *said]))
+        if LESS in rows.get('step 0', ()):
+            added.append(f'{title}, {column} {number(rows["step 0"][LESS])}')
     g = sections['geometry']['model']
-    rank, chance = g['RankMe before whitening'] / g['dimensions'], sections['retrieval corpus']['chance']
     signs = {'random pairs have a cosine above .5': g['cosine of random pairs'] > 0.5,
-             'RankMe before whitening is below 5 % of the width': rank < 0.05,
-             'skill is not above 0': interval(sections['feature similarity']['model']['skill'])[1] <= 0,
-             'retrieval in the corpus is at chance': interval(chance[LESS])[1] <= 0}
+             'RankMe before whitening is below 5 % of the width':
+                 g['RankMe before whitening'] < 0.05 * g['dimensions'],
+             'skill is not above 0': interval(sections['feature similarity']['model']['skill'])[1] <= 0}
     return [*lines, f'Training added to step 0: {"; ".join(added) or "unknown, without encoder_init.pt"}',
             f'Signs of collapse: {"; ".join(sign for sign, seen in signs.items() if seen) or "none"}']
 
-def markdown(sections):
-    """Lines of all tables."""
-    lines = []
-    for title, rows in sections.items():
-        columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-        lines += [f'### {title}', '', ' | '.join(['| ', *columns, '']), '|---' * (len(columns) + 1) + '|']
-        for name, row in rows.items():
-            cells = [number(row[c]) if c in row else '' for c in columns]
-            lines.append(' | '.join([f'| {name}', *cells, '']))
-        lines.append('')
-    return lines
+def table(rows):
+    """Lines of a table of {row: {column: cell}}."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    lines = [['', *columns], ['---'] * (len(columns) + 1)]
+    lines += [[name, *(number(row[c]) if c in row else '' for c in columns)] for name, row in rows.items()]
+    return [f'| {" | ".join(line)} |' for line in lines]
 
 def shown(text):
     """Text for a terminal: control bytes, which a decoder can write, replaced."""
     return re.sub(r'[\x00-\x1f\x7f-\x9f]', '\ufffd', clean(text))
 
 def samples(s):
-    """Sentences, their reconstructions, the next ones as predicted and in truth: a list of {what: text}."""
-    some = spread(len(s.x.target), n_samples)
-    target = s.x.target[some]
+    """Sentences, their reconstructions, the next ones as predicted and in truth: four lines a sample."""
+    some = spread(s.target, 12)
+    target = s.target[some]
     columns = {'sentence': s.text(target - 1), 'reconstruction': s.write(s.model.z[target - 1]),
                'predicted next': s.write(s.model.p['model'][some]), 'true next': s.text(target)}
-    return [dict(zip(columns, map(shown, row))) for row in zip(*columns.values())]
+    return [[f'{what}: {shown(text)}' for what, text in zip(columns, row)] for row in zip(*columns.values())]
 
-CURVES = [('metrics.csv', 'val_skill', 'train_skill', 'val_copy_skill', 'val_window_skill'),
-          ('metrics_decoder.csv', 'val_loss', 'val_shuffled', 'val_unconditional')]
-
-def picture(folder, sections):
-    """Draw report.png: retrieval with 95 % intervals, and how training went."""
+def picture(folder):
+    """Draw report.png: how training went, by the evaluations that it made."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(20, 4.5), layout='constrained')
-    for axis, title in zip(axes, ('retrieval in document', 'retrieval corpus')):
-        value, low, high = np.array([interval(row['MRR']) for row in sections[title].values()]).T
-        axis.errorbar(value, [*sections[title]], xerr=(value - low, high - value), fmt='o')
-        axis.set(title=f'{title}, MRR')
-    for axis, (file, *columns) in zip(axes[2:], CURVES):
-        if os.path.exists(path := os.path.join(folder, file)):
-            log = np.genfromtxt(path, delimiter=',', names=True, ndmin=1)
-            for column in columns:
-                axis.plot(*(log[c][~np.isnan(log[column])] for c in ('step', column)), label=column)
-            axis.legend()
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
+    for axis, (file, *columns) in zip(axes, (
+            ('metrics.csv', 'val_skill', 'train_skill', 'val_copy_skill', 'val_window_skill'),
+            ('metrics_decoder.csv', 'val_loss', 'val_shuffled', 'val_unconditional'))):
         axis.set(title=f'{file}, by step')
-    figure.savefig(os.path.join(folder, 'report.png'))
-
-def report(folder, s, sections, shows):
-    """Write report.md, report.png and metrics.json; returns the summary's lines."""
-    compare(sections)
-    lines = summary(sections)
-    out = [f'# {folder}, step {s.model.encoder.step}', '', *(f'- {line}' for line in lines), '',
-           f'{len(s.x.target):,} pairs of {len(set(s.x.owner)):,} validation documents.', NOTES,
-           *markdown(sections), '![report](report.png)']
-    for row in shows:
-        out += ['', *(f'- {k}: ' + re.sub(r'([^\w\s.,;:\'"?])', r'\\\1', v) for k, v in row.items())]
-    picture(folder, sections)
-    write_file(os.path.join(folder, 'report.md'), '\n'.join([*out, '']))
-    metrics = {'summary': lines, 'metrics': sections, 'settings': settings}
-    write_file(os.path.join(folder, 'metrics.json'), json.dumps(metrics, indent=1, default=interval))
-    return lines
+        if os.path.exists(path := f'{folder}/{file}'):
+            log = np.genfromtxt(path, delimiter=',', names=True, ndmin=1)
+            log = log[np.isfinite(log[columns[0]])]
+            axis.plot(log['step'], np.stack([log[c] for c in columns], 1), label=columns)
+            axis.legend()
+    figure.savefig(f'{folder}/report.png')
 
 # ----------------------------------------------------------------------------------------------------
 # A prompt's answer, or the evaluation
 
-def answer(encoder, decoder, val):
-    """Print what the models make of the sentences of the prompt."""
-    given = sys.stdin.buffer.read().decode('utf-8', 'replace') if prompt == '-' else prompt
-    read = split_sentences(given)
+def answer(folder, encoder, decoder, val):
+    """Print what the models make of the sentences of the prompt.
+
+    Concepts of validation sentences are kept in `folder`, for the next prompt.
+    """
+    read = split_sentences(prompt)
     if not read or (steps > 1 and not decoder):
-        raise UserError(f'--steps={steps} needs a decoder' if read else 'the prompt holds no sentence')
-    sentences = Pairs(val, 5000, np.random.default_rng(seed)).sentences
-    z_all = encoder.encode_tokens(sentences, batch_size)
-    if not decoder:
-        print('no decoder: nothing is written (train_decoder.py makes one)', file=sys.stderr)
+        raise UserError('--prompt needs a sentence, and --steps above 1 a decoder')
+    sentences = Pairs(val, 2000, np.random.default_rng(seed)).sentences
+    path, key = f'{folder}/val.npz', [encoder.fingerprint, zlib.crc32(np.concatenate(sentences))]
+    kept = np.load(path) if os.path.exists(path) else {'key': []}
+    if not np.array_equal(kept['key'], key):
+        kept = {'key': key, 'z': encoder.encode_tokens(sentences, batch_size)}
+        with suppress(OSError):  # where the folder cannot be written
+            write_file(path, lambda f: np.savez(f, **kept))
+    near = kept['z']
 
     def look(what, z, seed=seed):
         """Print validation sentences near the concept z, and what the decoder writes of it: returned."""
         print(what)
-        for i in np.argsort(-(z_all @ z))[:3]:
+        for i in np.argsort(-(near @ z))[:3]:
             print(f'  near: {shown(encoder.tokenizer.decode(sentences[i]))}')
         if decoder:
             written, = decoder.generate(z, temperature, top_k, top_p, max_new_tokens, seed=seed)
@@ -635,29 +616,35 @@ def answer(encoder, decoder, val):
 
 def main():
     """Answer the prompt, or evaluate."""
-    folder, sections = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir), {}
+    folder, sections = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir) or '.', {}
     models, language_model = load(out_dir, folder)
     encoder, decoder = models['model']
     train, val = (Corpus(data_dir or encoder.settings['data_dir'], split) for split in ('train', 'val'))
     if val.meta['tokenizer']['sha256'] != encoder.tokenizer.spec['sha256']:
         raise UserError(f'the data have another tokenizer than {out_dir} was trained with: give --data_dir')
     if prompt:
-        return answer(encoder, decoder, val)
-    began, done = time.time(), 100 - sum(PARTS.values())
-    print('evaluate.py: concepts and predictions', file=sys.stderr, flush=True)
+        return answer(folder, encoder, decoder, val)
     s = Study(models, language_model, train, val, sts_files(sts), judge_encoder(judge))
-    for part, share in PARTS.items():
-        left = (time.time() - began) / done * (100 - done)
-        print(f'evaluate.py: {part.__name__}, about {left:.0f} s left', file=sys.stderr, flush=True)
-        sections, done = sections | part(s), done + share
-    shows = samples(s) if decoder else []
-    lines = report(folder, s, sections, shows)
-    for row in shows[:3]:
-        print(*(f'{k}: {v}' for k, v in row.items()), '', sep='\n')
-    print(*lines, f'{os.path.join(folder, "report.md")} has all tables and samples', sep='\n')
+    for part in tqdm(PARTS, 'evaluate.py'):
+        sections |= part(s)
+    lines, shows = compare(sections), samples(s) if decoder else []
+    out = [f'# {folder}, step {encoder.step}', '', *(f'- {line}' for line in lines), '',
+           f'{len(s.target):,} pairs of {len(set(s.owner)):,} validation documents.', NOTES]
+    for title, rows in sections.items():
+        out += [f'### {title}', '', *table(rows), '']
+    out.append('![report](report.png)')
+    for sample in shows:
+        out += ['', *('- ' + re.sub(r'([^\w\s.,;:\'"?])', r'\\\1', line) for line in sample)]
+    picture(folder)
+    write_file(f'{folder}/report.md', '\n'.join([*out, '']))
+    metrics = {'summary': lines, 'metrics': sections, 'settings': settings}
+    write_file(f'{folder}/metrics.json', json.dumps(metrics, indent=1, default=interval))
+    for sample in shows[:3]:
+        print(*sample, '', sep='\n')
+    print(*lines, f'{folder}/report.md has all tables and samples', sep='\n')
 
 if __name__ == '__main__':
     settings = override(globals(), positive=(
-        'eval_context', 'max_pairs', 'max_train_sentences', 'max_generated', 'max_scored', 'n_samples',
+        'eval_context', 'max_pairs', 'max_train_sentences', 'max_generated', 'max_scored',
         'batch_size', 'steps', 'num_samples', 'max_new_tokens', 'top_p'))
     main()

@@ -7,7 +7,7 @@ A run that is finished is not run again: the same command goes on where it stopp
 share the rows (--seeds=1 --first_seed=2, --rows=…, all with one --work, and once more with all of them for
 the table). It has means over seeds and, in brackets, how far they are from the first row's, seed by seed, ±
 half of the 95 % interval (Student's t, over seeds alone; not corrected for the number of rows). A loss cannot
-be compared across rows; what evaluate.py measures can. Writes tests/results/ablation.csv and ablation.png.
+be compared across rows; what evaluate.py measures can. Writes tests/results/ablation.csv.
 """
 
 import argparse
@@ -67,7 +67,6 @@ COLUMNS = {  # section, row and column of evaluate.py's metrics.json; no column:
     'unrelated cosine': ('geometry', 'model', 'cosine of random pairs'),
     'order sensitivity': ('geometry', 'model', 'order sensitivity')}
 
-
 def measured(folder):
     """{column: number} of a run."""
     with open(os.path.join(folder, 'metrics.json')) as f:
@@ -77,7 +76,6 @@ def measured(folder):
             cell = sections[section][row][column or next(iter(sections[section][row]))]
             out[name] = cell[0] if isinstance(cell, list) else cell  # value, and ends of its interval
     return out
-
 
 def one(name, seed, a):
     """Folder of one row and seed, trained and evaluated unless that is done."""
@@ -102,12 +100,10 @@ def one(name, seed, a):
         json.dump(commands, f)
     return folder
 
-
 def interval(values):
     """(mean, half of its 95 % interval) of a few numbers; Student's t."""
     n = len(values)
     return np.mean(values), t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5 if n > 1 else np.nan
-
 
 def compared(found):
     """{row: {column: (mean, half of its interval, mean difference from the first row, half of its)}}.
@@ -119,9 +115,8 @@ def compared(found):
     return {name: {c: (*interval([r[c] for r in runs]), *interval([r[c] - f[c] for r, f in zip(runs, first)]))
                    for c in runs[0]} for name, runs in found.items()}
 
-
 def write(table, seeds, iters, folder):
-    """Print the table; keep it as ablation.csv and, of retrieval and STS, as ablation.png."""
+    """Print the table and keep it as ablation.csv."""
     columns, first = list(next(iter(table.values()))), next(iter(table))
     print('\n| |' + ' | '.join(columns) + ' |\n|---|' + '---:|' * len(columns))
     for name, row in table.items():
@@ -133,20 +128,6 @@ def write(table, seeds, iters, folder):
         writer.writerow(['row', 'settings', 'seeds', 'steps', *(c + x for c in columns for x in names)])
         writer.writerows([name, ROWS[name], seeds, iters, *(f'{x:.5f}' for c in columns for x in row[c])]
                          for name, row in table.items())
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    shown = [c for c in ('skill', 'corpus MRR', 'in-document MRR', 'STS') if c in columns]
-    _, axes = plt.subplots(1, len(shown), sharey=True, figsize=(3.2 * len(shown), 0.8 + 0.26 * len(table)))
-    for axis, column in zip(axes, shown):
-        mean, half = np.array([row[column][2:] for row in table.values()]).T
-        axis.errorbar(mean, list(table), xerr=np.nan_to_num(half), fmt='o', color='black', capsize=2)
-        axis.axvline(0, color='0.6', linestyle=':')
-        axis.set_xscale('symlog', linthresh=1 if column == 'STS' else 0.01)  # a collapse and a nuance
-        axis.set_xlabel(f'{column}, from {first}')
-    axes[0].invert_yaxis()
-    plt.savefig(os.path.join(folder, 'ablation.png'), bbox_inches='tight', dpi=110)
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
@@ -168,7 +149,6 @@ def main():
             found[name].append(measured(one(name, seed, a)))
             print(f'{name}, seed {seed}:', *(f'{k} {v:.3f},' for k, v in found[name][-1].items()), flush=True)
     write(compared(found), a.seeds, a.iters, a.results)
-
 
 if __name__ == '__main__':
     main()

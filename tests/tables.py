@@ -21,7 +21,6 @@ HEADLINE = {  # section: the baselines beside the model
     'geometry': (), 'text, reconstruct, up to 32 tokens': ('shuffled concept',), 'rollout': ('copy-last',),
     'STS, Spearman x 100': ('random token mean, idf', 'step 0')}
 
-
 def runs():
     """{name: its sections}, of every run."""
     out = {}
@@ -30,14 +29,12 @@ def runs():
             out[os.path.basename(os.path.dirname(path))] = json.load(f)['metrics']
     return out
 
-
 def cell(value):
     """A value with half of its interval; nothing where it was not measured."""
     if not isinstance(value, list):
         return '' if value is None else f'{value:.3g}'
     digits = 3 if abs(value[0]) < 10 else 1
     return f'{value[0]:.{digits}f} ± {(value[2] - value[1]) / 2:.{digits}f}'
-
 
 def table(found, rows_of):
     """Markdown: the model's headline in each section of rows_of, and how far ahead of each row it is."""
@@ -50,7 +47,6 @@ def table(found, rows_of):
         lines += [f'| {name} | {" | ".join(map(cell, row))} |' for name, row in rows.items()]
     return lines
 
-
 def tables():
     """{name: its lines}."""
     found, rows_of = runs(), {}
@@ -60,7 +56,6 @@ def tables():
             rows_of[title] = list(dict.fromkeys([*rows_of.get(title, []), *names]))
     return {'headline': table(found, HEADLINE), 'results': table(found, rows_of)}
 
-
 def filled(text, found):
     """`text` with the tables `found` between their marks."""
     for name, lines in found.items():
@@ -68,7 +63,6 @@ def filled(text, found):
         text = re.sub(rf'(<!-- {name} -->\n).*?(<!-- end -->)', lambda m, new=new: m[1] + new + m[2], text,
                       flags=re.DOTALL)
     return text
-
 
 if __name__ == '__main__':
     if sys.argv[1:] == ['--write']:

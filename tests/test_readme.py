@@ -9,11 +9,9 @@ from conftest import ROOT
 
 PLACES = 'README.md', 'tests/results/README.md'
 
-
 def read(place):
     with open(os.path.join(ROOT, place), encoding='utf-8') as f:
         return f.read()
-
 
 @pytest.mark.parametrize('place', PLACES)
 def test_links_lead_somewhere(place):
@@ -24,7 +22,6 @@ def test_links_lead_somewhere(place):
     paths = [os.path.join(folder, link) for link in links if link] + [os.path.join(ROOT, f) for f in files]
     for path in paths:
         assert os.path.exists(path), path
-
 
 @pytest.mark.parametrize('place', PLACES)
 def test_commands_exist(place):
@@ -42,7 +39,6 @@ def test_commands_exist(place):
             elif name.startswith('config/'):
                 assert os.path.exists(os.path.join(ROOT, name)), name
     assert seen > 3
-
 
 def test_names_in_the_table_of_places_exist():
     rows = re.findall(r'^\| [^|]+ \| (.*?) \|$', read('README.md').partition('## Hack it')[2], re.MULTILINE)

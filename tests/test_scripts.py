@@ -20,16 +20,6 @@ def table(path):
     with open(path, newline='') as f:
         return list(csv.DictReader(f))
 
-
-def test_every_script_is_tried():
-    tried = {'bench_train.py', 'bench_encode.py', 'ablate.py', 'faults.py'} | {  # here, and in other tests
-        'bench_split.py', 'bench_prepare.py', 'tables.py'}
-    for name in os.listdir(os.path.join(ROOT, 'tests')):
-        if name.endswith('.py') and name != os.path.basename(__file__):
-            text = open(os.path.join(ROOT, 'tests', name)).read()
-            assert name in tried or "__name__ == '__main__'" not in text, name
-
-
 def test_the_gpu_benchmark_rehearses_on_a_cpu(corpus_dir, tmp_path):
     environment = {**os.environ, 'PYTHON': sys.executable, 'DEVICE': 'cpu', 'OUT': str(tmp_path)}
     done = subprocess.run(['bash', 'tests/bench_cuda.sh', corpus_dir], cwd=ROOT, env=environment,
@@ -40,7 +30,6 @@ def test_the_gpu_benchmark_rehearses_on_a_cpu(corpus_dir, tmp_path):
                                              'reread, batch 1', 'generate, batch 64', 'reread, batch 64'}
     assert all(float(r['tokens/s']) > 0 for r in rows)
     assert {'targets', 'backward'} <= {r['part'] for r in table(tmp_path / 'phases_cpu.csv')}
-
 
 @pytest.mark.parametrize('kind', ['encoder', 'decoder', 'language model'])
 def test_flops_are_those_of_the_products(corpus_dir, kind):
@@ -53,7 +42,6 @@ def test_flops_are_those_of_the_products(corpus_dir, kind):
         counts = step(0, lambda part: None)
     assert 0.7 < counter.get_total_flops() / float(counts()[1]) < 1.5
 
-
 def test_two_checkouts_take_turns(corpus_dir, tmp_path):
     run('tests/bench_train.py', f'--other={ROOT}', f'--results={tmp_path}', '--size=32,1,2', '--batch_size=2',
         '--block_size=256', '--repeats=2', '--warm_up=1')
@@ -62,13 +50,11 @@ def test_two_checkouts_take_turns(corpus_dir, tmp_path):
     assert [r['a second'] for r in rows] == what
     assert all(0 < float(r['from']) <= float(r['ratio']) <= float(r['to']) for r in rows)
 
-
 def test_faults(tmp_path):
     """The parts that other tests have not in miniature."""
     parts = '--only=kills_prepare,kills_train,fuzz'
     run('tests/faults.py', '--share=0.01', f'--results={tmp_path}', parts)
     assert {'kills_train', 'fuzz'} <= {r['part'] for r in table(tmp_path / 'faults.csv')}
-
 
 def test_ablation_and_encode(corpus_dir, tmp_path):
     tiny = [*SMALL, '--predictor_layer=1']
