@@ -603,10 +603,11 @@ def sigreg(x, used, directions=256, points=17, reach=5.0):
 # ----------------------------------------------------------------------------------------------------
 # Optimizer groups; measures of a concept space that training prints too (evaluate.py has the others)
 
-def optimizer_groups(model, weight_decay, embedding_scale=1.0, predictor_scale=1.0):
-    """Parameter groups for AdamW: matrices decay; embeddings, gains and lone vectors do not. Each one, once.
+def optimizer_groups(model, embedding_scale=1.0, predictor_scale=1.0):
+    """Parameter groups for AdamW, by what their weights are: each one, once.
 
-    A group's `scale` is what its learning rate is multiplied by: embeddings and the predictor have their own.
+    `scale`: what the group's learning rate is multiplied by; embeddings and the predictor have their own.
+    `decays`: whether weight decay is for it; it is for matrices, not for embeddings, gains and lone vectors.
     """
     tables, groups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}, {}
     for name, p in model.named_parameters():
@@ -615,7 +616,7 @@ def optimizer_groups(model, weight_decay, embedding_scale=1.0, predictor_scale=1
             role = 'embedding' if id(p) in tables else role
             groups.setdefault((role, p.dim() >= 2 and role != 'embedding'), []).append(p)
     scales = {'embedding': embedding_scale, 'predictor': predictor_scale, 'other': 1.0}
-    return [{'params': part, 'weight_decay': weight_decay * decays, 'decays': decays, 'scale': scales[role]}
+    return [{'params': part, 'scale': scales[role], 'decays': decays}
             for (role, decays), part in groups.items()]
 
 def unit(x):

@@ -55,7 +55,7 @@ class Bench:
 
     def updates(self, net):
         """A function of a loss and mark: backward and the optimizer's step."""
-        optimizer = torch.optim.AdamW(lib.optimizer_groups(net, 0.05), lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(lib.optimizer_groups(net), lr=1e-4, fused=True)
 
         def update(loss, mark):
             mark('forward')

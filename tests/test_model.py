@@ -173,14 +173,14 @@ def test_one_step_changes_everything_trainable(batch):
         p.data += 1
     net.update_target(0.75)
     assert all(torch.allclose(a + 0.25, b, atol=1e-6) for a, b in zip(before, net.target.parameters()))
-    groups = lib.optimizer_groups(net, 0.1, embedding_scale=50.0, predictor_scale=0.1)
-    found = {id(p): (g['scale'], g['weight_decay']) for g in groups for p in g['params']}
+    groups = lib.optimizer_groups(net, embedding_scale=50.0, predictor_scale=0.1)
+    found = {id(p): (g['scale'], g['decays']) for g in groups for p in g['params']}
     assert found.keys() == trainable.keys()
     assert len(found) == sum(len(g['params']) for g in groups), 'once each'
-    for p, scale, decay in ((net.encoder.embedding.weight, 50, 0), (net.encoder.norm.weight, 1, 0),
-                            (net.encoder.blocks[0].up.weight, 1, 0.1), (net.predictor.slope, 0.1, 0),
-                            (net.predictor.blocks[0].up.weight, 0.1, 0.1)):
-        assert found[id(p)] == (scale, decay)
+    for p, scale, decays in ((net.encoder.embedding.weight, 50, False), (net.encoder.norm.weight, 1, False),
+                             (net.encoder.blocks[0].up.weight, 1, True), (net.predictor.slope, 0.1, False),
+                             (net.predictor.blocks[0].up.weight, 0.1, True)):
+        assert found[id(p)] == (scale, decays)
 
 
 def test_the_model_starts_as_a_fading_mean_of_embeddings(batch):

@@ -211,15 +211,13 @@ def test_training_learns_and_does_not_collapse(turns_dir, tmp_path):
     said = start(*encoder(turns_dir, tmp_path, *LEARN, '--max_iters=100', '--eval_interval=50')).end().stdout
     first, *_, last = evaluations(tmp_path / 'metrics.csv')
     assert last['val_loss'] < first['val_loss'] - 0.2
-    assert last['val_mrr'] > max(first['val_mrr'], last['val_copy_mrr']) + 0.05
-    assert last['val_doc_mrr'] > max(first['val_doc_mrr'], last['val_doc_copy_mrr']) + 0.05
     assert last['val_skill'] > max(first['val_skill'], last['val_copy_skill'], last['val_window_skill']) + 0.1
     assert last['val_rank'] > 0.7 * 32
     assert last['val_cos_unrelated'] < 0.2
     assert 'looks like collapse' not in said
     start(*encoder(turns_dir, tmp_path / 'random', *LEARN, '--start_passes=0', '--max_iters=1')).end()
     random = evaluations(tmp_path / 'random' / 'metrics.csv')[0]
-    assert random['val_mrr'] < first['val_mrr'] - 0.02, 'the start helps'
+    assert random['val_skill'] < first['val_skill'] - 0.02, 'the start helps'
 
 
 def test_collapse_is_told(turns_dir, tmp_path):
@@ -237,7 +235,7 @@ def test_the_concept_tells_the_decoder_something(straight):
 
 
 @pytest.mark.parametrize(('arguments', 'says'), [
-    ('--data_dir=nowhere', 'nowhere'), ('--init_from=resum', 'scratch'), ('--init_from=resume', 'is no'),
+    ('--data_dir=nowhere', 'nowhere'), ('--init_from=resum', 'scratch'), ('--init_from=resume', 'no enc'),
     ('--n_head=5', 'n_head'), ('--n_head=0', 'above 0'), ('--dropout=2', 'below 1'), ('--context=x', 'token'),
     ('--dtype=float8', 'bfloat16'), ('--learning_rat=1', 'learning_rate'), ('--block_size=8', 'block_size=8'),
     ('--device=cuda', 'device=cuda'), ('--device=gpu', 'device=gpu'), ('--device=mps', 'device=mps'),
