@@ -40,21 +40,23 @@ from prepare import load_tokenizer
 # Masks: who sees whom
 
 def build_mask(group, causal=False, order=None, path='mask'):
-    """The attention mask of one rule: a position sees those of its `group` that do not come later in `order`.
+    """The attention mask of one rule: a position sees those of its `group`, and where `causal` none after it.
 
     group (B, T): the sentence or document of each position; padding, -1, sees itself alone. order (B, T):
-    that of the positions where `causal`; None: both ways. 'flex' gives a BlockMask, 'mask' a boolean (B, 1,
-    T, T), 'spans' Spans.
+    positions of a greater one are not seen. `path` 'flex' gives a BlockMask, 'mask' a boolean (B, 1, T, T),
+    'spans' Spans where there is no order.
     """
     B, T = group.shape
-    if path == 'spans':
+    if path == 'spans' and order is None:
         return Spans(group, causal)
     b, t = torch.arange(B, device=group.device)[:, None, None], torch.arange(T, device=group.device)
-    order = t.expand_as(group) if causal else order
+    group = torch.where(group < 0, -1 - t, group)  # each padding a group of its own
 
     def seen(b, h, q, k):
-        inside = (group[b, q] == group[b, k]) & ((group[b, q] >= 0) | (q == k))
-        return inside if order is None else inside & (order[b, k] <= order[b, q])
+        inside = group[b, q] == group[b, k]
+        if order is not None:
+            return inside & (order[b, k] <= order[b, q])
+        return inside & (k <= q) if causal else inside
     if path == 'flex':  # in one mode of autograd and autocast, or it would be compiled once for each
         with torch.no_grad(), torch.autocast('cuda', enabled=False):
             return compiled_block_mask(seen, B, None, T, T, device=group.device)
@@ -478,7 +480,6 @@ class JEPA(nn.Module):
         own = build_mask(sentence, path=path)  # nothing but the sentence itself can reach a target
         if self.config.context == 'concepts':
             return own, own
-        path = 'mask' if path == 'spans' else path
         return own, build_mask(document_of(sentence, document), order=sentence, path=path)
 
     def means(self, net, tokens, sentence, document, mask):
@@ -566,9 +567,22 @@ def infonce(p, concepts, document, temperature=0.1):
     logits = logits.masked_fill(left_out, -1e4)  # finite: where all are left out the gradient is 0, not NaN
     return F.cross_entropy(logits, index[:, 1:].flatten(), reduction='none').view(B, S - 1)
 
+class SumOverRanks(torch.autograd.Function):
+    """x summed over ranks; its gradient likewise, because each rank's loss reads the x of all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.forward(ctx, gradient)
+
 def over_ranks(x):
-    """x summed over ranks, with gradient: a statistic of all ranks is every rank's."""
-    return torch.distributed.nn.functional.all_reduce(x) if torch.distributed.is_initialized() else x
+    """x summed over ranks, with gradient; as it is where there is one process."""
+    return SumOverRanks.apply(x) if torch.distributed.is_initialized() else x
 
 def vicreg(x, used):
     """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the used rows of x
@@ -814,6 +828,7 @@ class Decoder(nn.Module):
         """
         config, n, device = self.config, len(concepts), concepts.device
         x, direct, confidence = self.read_concepts(concepts)
+        mask = build_mask(torch.zeros(1, config.n_prefix, device=device), causal=True)
         shape = (n, config.n_head, config.n_prefix + max_tokens, self.blocks.head_dim)
         kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
@@ -822,16 +837,15 @@ class Decoder(nn.Module):
         done = torch.zeros(n, dtype=torch.bool, device=device)
         emitted_sum, length = torch.zeros(n, config.n_embd, device=device), 0
         for i in range(max_tokens):
-            T = x.shape[1]
-            mask = torch.ones(T, T, dtype=torch.bool, device=device).tril() if T > 1 else None
             x = self.blocks(x, mask, caches, length)
             state = self.norm(x[:, -1]) + confidence * (direct - self.emitted_gain * emitted_sum)
             logits = F.linear(state, self.embedding.weight).float()
             token = sample(logits, temperature, top_k, top_p, generator)
-            out[:, i], length, done = token, length + T, done | (token == config.eos)
+            out[:, i], done = token, done | (token == config.eos)
             if done.all():
                 return out[:, :i + 1]
-            emitted_sum, x = emitted_sum + self.token_vectors(token), self.embedding(token)[:, None]
+            emitted_sum, length, mask = emitted_sum + self.token_vectors(token), length + x.shape[1], None
+            x = self.embedding(token)[:, None]
         return out
 
 def sample(logits, temperature, top_k, top_p, generator=None):
@@ -844,8 +858,7 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     if top_p < 1:
         value, index = logits.sort(descending=True)
         before = value.softmax(-1).cumsum(-1) - value.softmax(-1)  # mass of the likelier ones
-        out = (before >= top_p) & (before > 0)  # the likeliest stays, whatever top_p is
-        logits = logits.scatter(-1, index, value.masked_fill(out, -torch.inf))
+        logits = logits.scatter(-1, index, value.masked_fill(before >= top_p, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 # ----------------------------------------------------------------------------------------------------
@@ -873,33 +886,25 @@ def as_texts(given, name):
         texts += as_texts(item, f'{name}[{i}]')
     return texts
 
-def rows_by_length(sequences, batch_size):
-    """Batches of sequences of similar length: yields (indices (n,), padded ids (n, T), lengths (n,))."""
+def packed(documents, batch_size, prefix=0):
+    """Documents, lists of id arrays, one a row, those of like length together.
+
+    Yields indices of documents (n,), tokens (n, T), and the sentence (n, T) of each, -1 in padding. `prefix`
+    free positions precede each sentence.
+    """
     if batch_size < 1:
         raise UserError(f'batch_size={batch_size}: expected 1 or more')
-    lengths = np.array([len(s) for s in sequences], np.int64)
+    lengths = np.array([sum(prefix + len(ids) for ids in d) for d in documents], np.int64)
     order = np.argsort(-lengths, kind='stable')  # longest first: what does not fit in memory fails at once
     for index in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
-        ids = np.zeros((len(index), max(lengths[index[0]], 1)), dtype=np.int64)
+        tokens = np.zeros((len(index), max(lengths[index[0]], 1)), np.int64)
+        sentence = np.full_like(tokens, -1)
         for row, i in enumerate(index):
-            ids[row, :lengths[i]] = sequences[i]
-        yield index, ids, lengths[index]
-
-def packed(documents, batch_size, prefix=0):
-    """Rows of whole documents, lists of id arrays: yields (indices, tokens (n, T), sentence (n, T), document
-    (n, S)).
-
-    `prefix` free positions precede each sentence.
-    """
-    free = np.zeros(prefix, np.int64)
-    texts = [np.concatenate([part for ids in d for part in (free, ids)]) for d in documents]
-    for index, ids, _ in rows_by_length(texts, batch_size):
-        sentence = np.full(ids.shape, -1, dtype=np.int64)
-        document = np.full((len(index), max(len(documents[i]) for i in index)), -1, dtype=np.int64)
-        for row, i in enumerate(index):
-            number = np.repeat(np.arange(len(documents[i])), [prefix + len(s) for s in documents[i]])
-            sentence[row, :len(number)], document[row, :len(documents[i])] = number, row
-        yield index, torch.from_numpy(ids), torch.from_numpy(sentence), torch.from_numpy(document)
+            end = 0
+            for number, ids in enumerate(documents[i]):
+                start, end = end, end + prefix + len(ids)
+                sentence[row, start:end], tokens[row, start + prefix:end] = number, ids
+        yield index, torch.from_numpy(tokens), torch.from_numpy(sentence)
 
 class SentenceEncoder:
     """Sentences to concepts, and windows of sentences to the concept expected next. From load_encoder."""
@@ -909,12 +914,13 @@ class SentenceEncoder:
     def __init__(self, jepa: JEPA, tokenizer, device='cpu', dtype='float32'):
         self.model, self.tokenizer, self.dtype = jepa.eval(), tokenizer, dtype
         self.dim, self.max_seq_length = jepa.config.n_embd, 512  # tokens past it are cut
-        autocast(self.to(device).device, dtype)  # refuses another dtype
+        self.to(device)
 
     def to(self, device):
         """The same encoder on another device."""
         self.device = pick_device(device)
         self.model.to(self.device)
+        self.autocast = autocast(self.device, self.dtype)
         return self
 
     def get_sentence_embedding_dimension(self) -> int:
@@ -956,10 +962,9 @@ class SentenceEncoder:
 
     def means(self, sequences, batch_size=64):
         """Yields (indices, sentence means (n, 1, d), not whitened), one sentence a row."""
-        for index, ids, lengths in rows_by_length([s[:self.max_seq_length] for s in sequences], batch_size):
-            sentence = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]) - 1).to(self.device)
-            tokens = torch.from_numpy(ids).to(self.device)
-            with autocast(self.device, self.dtype):
+        for index, *row in packed([[s[:self.max_seq_length]] for s in sequences], batch_size):
+            tokens, sentence = (x.to(self.device) for x in row)
+            with self.autocast:
                 z = self.model.targets(tokens, sentence, sentence[:, :1], build_mask(sentence))
             yield index, z
 
@@ -990,9 +995,11 @@ class SentenceEncoder:
             return self.roll(self.encode_tokens(sequences, batch_size), windows)
         out = np.empty((len(windows), self.dim), np.float32)
         documents = [[s[:self.max_seq_length] for s in sequences[a:b]] for a, b in windows]
-        for index, *batch in packed(documents, batch_size):
-            tokens, sentence, document = (x.to(self.device) for x in batch)
-            with autocast(self.device, self.dtype):
+        for index, *row in packed(documents, batch_size):
+            tokens, sentence = (x.to(self.device) for x in row)
+            n = sentence.amax(1, keepdim=True)  # of each row's last sentence
+            document = torch.where(torch.arange(n.max() + 1, device=self.device) <= n, 0, -1)
+            with self.autocast:
                 p = self.model.predict(tokens, sentence, document, self.model.masks(sentence, document)[1])
             out[index] = self.last(p, document)
         return out
@@ -1005,14 +1012,11 @@ class SentenceEncoder:
         """
         if self.model.config.context != 'concepts':
             raise UserError("a model of context='tokens' cannot be rolled forward without text")
-        out, starts, ends = np.empty((len(windows), self.dim), np.float32), *np.array(windows).T
-        for rows in np.array_split(np.arange(len(windows)), -(-len(windows) // batch_size)):
-            size = (ends - starts)[rows, None]
-            column = np.arange(size.max())
-            index = starts[rows, None] + np.minimum(column, size - 1)
-            document = torch.from_numpy(np.where(column < size, 0, -1)).to(self.device)
-            with autocast(self.device, self.dtype):
-                p = self.model.predictor(unit(torch.from_numpy(concepts[index])).to(self.device), document)
+        out, read = np.empty((len(windows), self.dim), np.float32), unit(torch.from_numpy(concepts))
+        for rows, index, document in packed([[np.arange(*w)] for w in windows], batch_size):
+            document = document.to(self.device)
+            with self.autocast:
+                p = self.model.predictor(read[index].to(self.device), document)
             out[rows] = self.last(p, document)
         return out
 
@@ -1041,9 +1045,9 @@ class ConceptDecoder:
     """Concepts to sentences. From load_decoder."""
 
     def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32'):
-        self.device, self.dtype, self.tokenizer = pick_device(device), dtype, tokenizer
+        self.device, self.tokenizer = pick_device(device), tokenizer
         self.model = decoder.eval().to(self.device)
-        autocast(self.device, dtype)  # refuses another dtype
+        self.autocast = autocast(self.device, dtype)
 
     def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0):
         """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same
@@ -1064,7 +1068,7 @@ class ConceptDecoder:
                             'max_tokens and batch_size of 1 or more')
         generator, texts = torch.Generator(self.device).manual_seed(seed), []
         for part in concepts.split(batch_size) if len(concepts) else ():
-            with autocast(self.device, self.dtype):
+            with self.autocast:
                 ids = net.generate(part.to(self.device), max_tokens, temperature, top_k, top_p, generator)
             for row in ids.tolist():
                 texts.append(self.tokenizer.decode(row[:row.index(eos)] if eos in row else row))
@@ -1079,15 +1083,16 @@ class ConceptDecoder:
         """
         net, out = self.model, np.empty(len(sequences))
         documents = [[*before, own] for before, own in zip(contexts or [[]] * len(sequences), sequences)]
-        for index, *batch in packed(documents, batch_size if contexts is None else 16, net.config.n_prefix):
-            tokens, sentence, document = (x.to(self.device) for x in batch)
-            given = torch.zeros(*document.shape, net.config.concept_dim, device=self.device)
+        for index, *row in packed(documents, batch_size, net.config.n_prefix):
+            tokens, sentence = (x.to(self.device) for x in row)
+            last = sentence.amax(1, keepdim=True)
+            given = torch.zeros(len(index), last.max() + 1, net.config.concept_dim, device=self.device)
             if concepts is not None:
                 given[:, 0] = torch.as_tensor(concepts[index], dtype=torch.float32)
-            mask = build_mask(document_of(sentence, document), causal=True)
-            with autocast(self.device, self.dtype):
+            with self.autocast:
+                mask = build_mask(sentence.clamp(max=0), causal=True)  # a row is one document
                 x, target, counted = net.states(tokens, sentence, given, mask)
-                counted &= sentence == sentence.amax(1, keepdim=True)  # the last one alone
+                counted &= sentence == last
                 logits = F.linear(x[counted], net.embedding.weight)
             loss = torch.zeros(target.shape, device=self.device)
             loss[counted] = F.cross_entropy(logits.float(), target[counted], reduction='none')
