@@ -368,8 +368,7 @@ class Whitening(nn.Module):
         self.W.copy_((vector * value.clamp(min=floor.clamp(min=1e-12)).rsqrt()) @ vector.T)
 
     def fit(self, batches, all_sum=lambda x: x):
-        """Start from 50 sentences a dimension, or all there are, of `batches`: pairs (z, used) as in
-        `moments`."""
+        """Start from 50 sentences a dimension, or all, of `batches`: pairs (z, used) as in `moments`."""
         total = 0
         for z, used in batches:
             total = total + all_sum(self.moments(z, used))
@@ -515,8 +514,7 @@ class JEPA(nn.Module):
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
 
     def fingerprint(self) -> float:
-        """A number that tells one concept space (target, whitening) from another; a decoder keeps its
-        encoder's."""
+        """A number that tells one concept space (target, whitening) from another; a decoder keeps it."""
         tensors = [*self.target.parameters(), self.whitening.mean, self.whitening.W]
         return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
 
@@ -662,8 +660,7 @@ def worst_ranks(similar, true, allowed):
     return 1 + beats.sum(1)
 
 def rank_me(x):
-    """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of the entropy of the singular
-    values."""
+    """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of its singular values' entropy."""
     s = torch.linalg.eigvalsh(x.double().T @ x.double()).clamp(min=0).sqrt()
     p = s / s.sum()
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item() if s.sum() > 1e-6 else 1.0
@@ -785,8 +782,7 @@ class Decoder(nn.Module):
         return self.embedding(tokens) * self.token_weight[tokens][..., None]
 
     def read_concepts(self, concepts):
-        """Of concepts (..., concept_dim): prefix (..., n_prefix, n_embd), P direction (..., n_embd),
-        confidence."""
+        """Of concepts (..., concept_dim): prefix (..., n_prefix, n_embd), P direction, confidence."""
         confidence = concepts.norm(dim=-1, keepdim=True).clamp(max=1)
         direction = unit(concepts) * self.config.concept_dim ** 0.5
         prefix = torch.lerp(self.no_concept, self.prefix(direction).float(), confidence)
@@ -1100,8 +1096,7 @@ class ConceptDecoder:
         return out
 
 def load_encoder(path, device='auto', dtype='float32') -> SentenceEncoder:
-    """The encoder saved at `path`, a file or an out_dir. Raises UserError where there is none, or no such
-    device."""
+    """The encoder saved at `path`, a file or an out_dir. Raises UserError, also for a device not there."""
     state = load_checkpoint(path, 'encoder')
     jepa = JEPA(JEPAConfig(**state['config']))
     jepa.load_state_dict(state['model'])
@@ -1110,8 +1105,7 @@ def load_encoder(path, device='auto', dtype='float32') -> SentenceEncoder:
     return encoder
 
 def load_decoder(path, device='auto', dtype='float32', kind='decoder') -> ConceptDecoder:
-    """The decoder, or the `kind` 'language_model', saved at `path`, a file or an out_dir. Raises
-    UserError."""
+    """The decoder, or `kind` 'language_model', saved at `path`, a file or an out_dir. Raises UserError."""
     state = load_checkpoint(path, kind)
     net = Decoder(DecoderConfig(**state['config']))
     net.load_state_dict(state['model'])

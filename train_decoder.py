@@ -141,8 +141,7 @@ def blurred(concepts):
 
 @torch.no_grad()
 def evaluate():
-    """Validation nats per token (the end of a sentence counts as one) given the concept, another document's,
-    none."""
+    """Validation nats per token (a sentence's end is one) given the concept, another document's, none."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)
     for tokens, sentence, document in run.validation_batches(val_data, run.eval_iters):

@@ -189,8 +189,7 @@ def neighbours(corpus, n):
     return map(torch.cat, zip(*parts))
 
 def evaluate():
-    """Validation measures as a dict of floats, the same on all ranks; the prediction's scale is fitted on the
-    way."""
+    """Validation measures, the same on all ranks; the prediction's scale is fitted on the way."""
     model.eval()
     p, z, last, window, _ = neighbours(train_data, max(run.eval_iters // 2, 1))
     mean, (scale, *scales) = z.mean(0), [lib.fit_scale(x, z) for x in (p, last, window)]

@@ -1,5 +1,4 @@
-"""What every training run does the same: ranks, device, rates, stop signals, metrics, checkpoints. Not a
-preset."""
+"""What every training run does the same: ranks, device, rates, signals, metrics, checkpoints. No preset."""
 
 import csv
 import json
@@ -24,8 +23,7 @@ from config import UserError, ranks, write_file
 FORMAT = 7  # of checkpoints
 
 def pick_device(name: str) -> str:
-    """The device of the setting `device`; auto: cuda where there is one. Raises UserError for what is not
-    there."""
+    """The device that --device names; auto: cuda where there is one. Raises UserError for one not there."""
     name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
     try:
         torch.zeros(1, device=name)
@@ -45,8 +43,7 @@ def half_cosine(step, total, start, end):
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
 
 def lr_at(step: int, s: dict) -> float:
-    """Learning rate of the settings s: linear warm-up, then a half cosine to min_lr, or a tenth of
-    learning_rate."""
+    """Learning rate of the settings s: linear warm-up, then a half cosine to min_lr, or to a tenth."""
     rate, warmup = s['learning_rate'], s['warmup_iters']
     if step < warmup:
         return rate * (step + 1) / (warmup + 1)
@@ -341,8 +338,7 @@ def save_checkpoint(path: str, state: dict):
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 def load_checkpoint(path: str, kind: str) -> dict:
-    """The checkpoint of `kind` at `path`, or in that out_dir, read to the CPU. Raises UserError with what to
-    do."""
+    """The checkpoint of `kind` at `path`, or in that out_dir, on the CPU. Raises UserError: what to do."""
     path = os.path.join(path, f'{kind}.pt') if os.path.isdir(path) else path
     if not os.path.exists(path):
         script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
