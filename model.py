@@ -40,21 +40,23 @@ from prepare import load_tokenizer
 # Masks: who sees whom
 
 def build_mask(group, causal=False, order=None, path='mask'):
-    """The attention mask of one rule: a position sees those of its `group` that do not come later in `order`.
+    """The attention mask of one rule: a position sees those of its `group`, and where `causal` none after it.
 
     group (B, T): the sentence or document of each position; padding, -1, sees itself alone. order (B, T):
-    that of the positions where `causal`; None: both ways. 'flex' gives a BlockMask, 'mask' a boolean (B, 1,
-    T, T), 'spans' Spans.
+    positions of a greater one are not seen. `path` 'flex' gives a BlockMask, 'mask' a boolean (B, 1, T, T),
+    'spans' Spans where there is no order.
     """
     B, T = group.shape
-    if path == 'spans':
+    if path == 'spans' and order is None:
         return Spans(group, causal)
     b, t = torch.arange(B, device=group.device)[:, None, None], torch.arange(T, device=group.device)
-    order = t.expand_as(group) if causal else order
+    group = torch.where(group < 0, -1 - t, group)  # each padding a group of its own
 
     def seen(b, h, q, k):
-        inside = (group[b, q] == group[b, k]) & ((group[b, q] >= 0) | (q == k))
-        return inside if order is None else inside & (order[b, k] <= order[b, q])
+        inside = group[b, q] == group[b, k]
+        if order is not None:
+            return inside & (order[b, k] <= order[b, q])
+        return inside & (k <= q) if causal else inside
     if path == 'flex':  # in one mode of autograd and autocast, or it would be compiled once for each
         with torch.no_grad(), torch.autocast('cuda', enabled=False):
             return compiled_block_mask(seen, B, None, T, T, device=group.device)
@@ -366,8 +368,7 @@ class Whitening(nn.Module):
         self.W.copy_((vector * value.clamp(min=floor.clamp(min=1e-12)).rsqrt()) @ vector.T)
 
     def fit(self, batches, all_sum=lambda x: x):
-        """Start from 50 sentences a dimension, or all there are, of `batches`: pairs (z, used) as in
-        `moments`."""
+        """Start from 50 sentences a dimension, or all, of `batches`: pairs (z, used) as in `moments`."""
         total = 0
         for z, used in batches:
             total = total + all_sum(self.moments(z, used))
@@ -478,7 +479,6 @@ class JEPA(nn.Module):
         own = build_mask(sentence, path=path)  # nothing but the sentence itself can reach a target
         if self.config.context == 'concepts':
             return own, own
-        path = 'mask' if path == 'spans' else path
         return own, build_mask(document_of(sentence, document), order=sentence, path=path)
 
     def means(self, net, tokens, sentence, document, mask):
@@ -514,8 +514,7 @@ class JEPA(nn.Module):
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
 
     def fingerprint(self) -> float:
-        """A number that tells one concept space (target, whitening) from another; a decoder keeps its
-        encoder's."""
+        """A number that tells one concept space (target, whitening) from another; a decoder keeps it."""
         tensors = [*self.target.parameters(), self.whitening.mean, self.whitening.W]
         return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
 
@@ -566,9 +565,22 @@ def infonce(p, concepts, document, temperature=0.1):
     logits = logits.masked_fill(left_out, -1e4)  # finite: where all are left out the gradient is 0, not NaN
     return F.cross_entropy(logits, index[:, 1:].flatten(), reduction='none').view(B, S - 1)
 
+class SumOverRanks(torch.autograd.Function):
+    """x summed over ranks; its gradient likewise, because each rank's loss reads the x of all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.forward(ctx, gradient)
+
 def over_ranks(x):
-    """x summed over ranks, with gradient: a statistic of all ranks is every rank's."""
-    return torch.distributed.nn.functional.all_reduce(x) if torch.distributed.is_initialized() else x
+    """x summed over ranks, with gradient; as it is where there is one process."""
+    return SumOverRanks.apply(x) if torch.distributed.is_initialized() else x
 
 def vicreg(x, used):
     """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the used rows of x
@@ -603,10 +615,11 @@ def sigreg(x, used, directions=256, points=17, reach=5.0):
 # ----------------------------------------------------------------------------------------------------
 # Optimizer groups; measures of a concept space that training prints too (evaluate.py has the others)
 
-def optimizer_groups(model, weight_decay, embedding_scale=1.0, predictor_scale=1.0):
-    """Parameter groups for AdamW: matrices decay; embeddings, gains and lone vectors do not. Each one, once.
+def optimizer_groups(model, embedding_scale=1.0, predictor_scale=1.0):
+    """Parameter groups for AdamW, by what their weights are: each one, once.
 
-    A group's `scale` is what its learning rate is multiplied by: embeddings and the predictor have their own.
+    `scale`: what the group's learning rate is multiplied by; embeddings and the predictor have their own.
+    `decays`: whether weight decay is for it; it is for matrices, not for embeddings, gains and lone vectors.
     """
     tables, groups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}, {}
     for name, p in model.named_parameters():
@@ -615,7 +628,7 @@ def optimizer_groups(model, weight_decay, embedding_scale=1.0, predictor_scale=1
             role = 'embedding' if id(p) in tables else role
             groups.setdefault((role, p.dim() >= 2 and role != 'embedding'), []).append(p)
     scales = {'embedding': embedding_scale, 'predictor': predictor_scale, 'other': 1.0}
-    return [{'params': part, 'weight_decay': weight_decay * decays, 'decays': decays, 'scale': scales[role]}
+    return [{'params': part, 'scale': scales[role], 'decays': decays}
             for (role, decays), part in groups.items()]
 
 def unit(x):
@@ -647,8 +660,7 @@ def worst_ranks(similar, true, allowed):
     return 1 + beats.sum(1)
 
 def rank_me(x):
-    """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of the entropy of the singular
-    values."""
+    """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of its singular values' entropy."""
     s = torch.linalg.eigvalsh(x.double().T @ x.double()).clamp(min=0).sqrt()
     p = s / s.sum()
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item() if s.sum() > 1e-6 else 1.0
@@ -770,8 +782,7 @@ class Decoder(nn.Module):
         return self.embedding(tokens) * self.token_weight[tokens][..., None]
 
     def read_concepts(self, concepts):
-        """Of concepts (..., concept_dim): prefix (..., n_prefix, n_embd), P direction (..., n_embd),
-        confidence."""
+        """Of concepts (..., concept_dim): prefix (..., n_prefix, n_embd), P direction, confidence."""
         confidence = concepts.norm(dim=-1, keepdim=True).clamp(max=1)
         direction = unit(concepts) * self.config.concept_dim ** 0.5
         prefix = torch.lerp(self.no_concept, self.prefix(direction).float(), confidence)
@@ -813,6 +824,7 @@ class Decoder(nn.Module):
         """
         config, n, device = self.config, len(concepts), concepts.device
         x, direct, confidence = self.read_concepts(concepts)
+        mask = build_mask(torch.zeros(1, config.n_prefix, device=device), causal=True)
         shape = (n, config.n_head, config.n_prefix + max_tokens, self.blocks.head_dim)
         kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
@@ -821,16 +833,15 @@ class Decoder(nn.Module):
         done = torch.zeros(n, dtype=torch.bool, device=device)
         emitted_sum, length = torch.zeros(n, config.n_embd, device=device), 0
         for i in range(max_tokens):
-            T = x.shape[1]
-            mask = torch.ones(T, T, dtype=torch.bool, device=device).tril() if T > 1 else None
             x = self.blocks(x, mask, caches, length)
             state = self.norm(x[:, -1]) + confidence * (direct - self.emitted_gain * emitted_sum)
             logits = F.linear(state, self.embedding.weight).float()
             token = sample(logits, temperature, top_k, top_p, generator)
-            out[:, i], length, done = token, length + T, done | (token == config.eos)
+            out[:, i], done = token, done | (token == config.eos)
             if done.all():
                 return out[:, :i + 1]
-            emitted_sum, x = emitted_sum + self.token_vectors(token), self.embedding(token)[:, None]
+            emitted_sum, length, mask = emitted_sum + self.token_vectors(token), length + x.shape[1], None
+            x = self.embedding(token)[:, None]
         return out
 
 def sample(logits, temperature, top_k, top_p, generator=None):
@@ -843,8 +854,7 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     if top_p < 1:
         value, index = logits.sort(descending=True)
         before = value.softmax(-1).cumsum(-1) - value.softmax(-1)  # mass of the likelier ones
-        out = (before >= top_p) & (before > 0)  # the likeliest stays, whatever top_p is
-        logits = logits.scatter(-1, index, value.masked_fill(out, -torch.inf))
+        logits = logits.scatter(-1, index, value.masked_fill(before >= top_p, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 # ----------------------------------------------------------------------------------------------------
@@ -872,33 +882,25 @@ def as_texts(given, name):
         texts += as_texts(item, f'{name}[{i}]')
     return texts
 
-def rows_by_length(sequences, batch_size):
-    """Batches of sequences of similar length: yields (indices (n,), padded ids (n, T), lengths (n,))."""
+def packed(documents, batch_size, prefix=0):
+    """Documents, lists of id arrays, one a row, those of like length together.
+
+    Yields indices of documents (n,), tokens (n, T), and the sentence (n, T) of each, -1 in padding. `prefix`
+    free positions precede each sentence.
+    """
     if batch_size < 1:
         raise UserError(f'batch_size={batch_size}: expected 1 or more')
-    lengths = np.array([len(s) for s in sequences], np.int64)
+    lengths = np.array([sum(prefix + len(ids) for ids in d) for d in documents], np.int64)
     order = np.argsort(-lengths, kind='stable')  # longest first: what does not fit in memory fails at once
     for index in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
-        ids = np.zeros((len(index), max(lengths[index[0]], 1)), dtype=np.int64)
+        tokens = np.zeros((len(index), max(lengths[index[0]], 1)), np.int64)
+        sentence = np.full_like(tokens, -1)
         for row, i in enumerate(index):
-            ids[row, :lengths[i]] = sequences[i]
-        yield index, ids, lengths[index]
-
-def packed(documents, batch_size, prefix=0):
-    """Rows of whole documents, lists of id arrays: yields (indices, tokens (n, T), sentence (n, T), document
-    (n, S)).
-
-    `prefix` free positions precede each sentence.
-    """
-    free = np.zeros(prefix, np.int64)
-    texts = [np.concatenate([part for ids in d for part in (free, ids)]) for d in documents]
-    for index, ids, _ in rows_by_length(texts, batch_size):
-        sentence = np.full(ids.shape, -1, dtype=np.int64)
-        document = np.full((len(index), max(len(documents[i]) for i in index)), -1, dtype=np.int64)
-        for row, i in enumerate(index):
-            number = np.repeat(np.arange(len(documents[i])), [prefix + len(s) for s in documents[i]])
-            sentence[row, :len(number)], document[row, :len(documents[i])] = number, row
-        yield index, torch.from_numpy(ids), torch.from_numpy(sentence), torch.from_numpy(document)
+            end = 0
+            for number, ids in enumerate(documents[i]):
+                start, end = end, end + prefix + len(ids)
+                sentence[row, start:end], tokens[row, start + prefix:end] = number, ids
+        yield index, torch.from_numpy(tokens), torch.from_numpy(sentence)
 
 class SentenceEncoder:
     """Sentences to concepts, and windows of sentences to the concept expected next. From load_encoder."""
@@ -908,12 +910,13 @@ class SentenceEncoder:
     def __init__(self, jepa: JEPA, tokenizer, device='cpu', dtype='float32'):
         self.model, self.tokenizer, self.dtype = jepa.eval(), tokenizer, dtype
         self.dim, self.max_seq_length = jepa.config.n_embd, 512  # tokens past it are cut
-        autocast(self.to(device).device, dtype)  # refuses another dtype
+        self.to(device)
 
     def to(self, device):
         """The same encoder on another device."""
         self.device = pick_device(device)
         self.model.to(self.device)
+        self.autocast = autocast(self.device, self.dtype)
         return self
 
     def get_sentence_embedding_dimension(self) -> int:
@@ -955,10 +958,9 @@ class SentenceEncoder:
 
     def means(self, sequences, batch_size=64):
         """Yields (indices, sentence means (n, 1, d), not whitened), one sentence a row."""
-        for index, ids, lengths in rows_by_length([s[:self.max_seq_length] for s in sequences], batch_size):
-            sentence = torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]) - 1).to(self.device)
-            tokens = torch.from_numpy(ids).to(self.device)
-            with autocast(self.device, self.dtype):
+        for index, *row in packed([[s[:self.max_seq_length]] for s in sequences], batch_size):
+            tokens, sentence = (x.to(self.device) for x in row)
+            with self.autocast:
                 z = self.model.targets(tokens, sentence, sentence[:, :1], build_mask(sentence))
             yield index, z
 
@@ -989,9 +991,11 @@ class SentenceEncoder:
             return self.roll(self.encode_tokens(sequences, batch_size), windows)
         out = np.empty((len(windows), self.dim), np.float32)
         documents = [[s[:self.max_seq_length] for s in sequences[a:b]] for a, b in windows]
-        for index, *batch in packed(documents, batch_size):
-            tokens, sentence, document = (x.to(self.device) for x in batch)
-            with autocast(self.device, self.dtype):
+        for index, *row in packed(documents, batch_size):
+            tokens, sentence = (x.to(self.device) for x in row)
+            n = sentence.amax(1, keepdim=True)  # of each row's last sentence
+            document = torch.where(torch.arange(n.max() + 1, device=self.device) <= n, 0, -1)
+            with self.autocast:
                 p = self.model.predict(tokens, sentence, document, self.model.masks(sentence, document)[1])
             out[index] = self.last(p, document)
         return out
@@ -1004,14 +1008,11 @@ class SentenceEncoder:
         """
         if self.model.config.context != 'concepts':
             raise UserError("a model of context='tokens' cannot be rolled forward without text")
-        out, starts, ends = np.empty((len(windows), self.dim), np.float32), *np.array(windows).T
-        for rows in np.array_split(np.arange(len(windows)), -(-len(windows) // batch_size)):
-            size = (ends - starts)[rows, None]
-            column = np.arange(size.max())
-            index = starts[rows, None] + np.minimum(column, size - 1)
-            document = torch.from_numpy(np.where(column < size, 0, -1)).to(self.device)
-            with autocast(self.device, self.dtype):
-                p = self.model.predictor(unit(torch.from_numpy(concepts[index])).to(self.device), document)
+        out, read = np.empty((len(windows), self.dim), np.float32), unit(torch.from_numpy(concepts))
+        for rows, index, document in packed([[np.arange(*w)] for w in windows], batch_size):
+            document = document.to(self.device)
+            with self.autocast:
+                p = self.model.predictor(read[index].to(self.device), document)
             out[rows] = self.last(p, document)
         return out
 
@@ -1040,9 +1041,9 @@ class ConceptDecoder:
     """Concepts to sentences. From load_decoder."""
 
     def __init__(self, decoder: Decoder, tokenizer, device='cpu', dtype='float32'):
-        self.device, self.dtype, self.tokenizer = pick_device(device), dtype, tokenizer
+        self.device, self.tokenizer = pick_device(device), tokenizer
         self.model = decoder.eval().to(self.device)
-        autocast(self.device, dtype)  # refuses another dtype
+        self.autocast = autocast(self.device, dtype)
 
     def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0):
         """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same
@@ -1063,7 +1064,7 @@ class ConceptDecoder:
                             'max_tokens and batch_size of 1 or more')
         generator, texts = torch.Generator(self.device).manual_seed(seed), []
         for part in concepts.split(batch_size) if len(concepts) else ():
-            with autocast(self.device, self.dtype):
+            with self.autocast:
                 ids = net.generate(part.to(self.device), max_tokens, temperature, top_k, top_p, generator)
             for row in ids.tolist():
                 texts.append(self.tokenizer.decode(row[:row.index(eos)] if eos in row else row))
@@ -1078,15 +1079,16 @@ class ConceptDecoder:
         """
         net, out = self.model, np.empty(len(sequences))
         documents = [[*before, own] for before, own in zip(contexts or [[]] * len(sequences), sequences)]
-        for index, *batch in packed(documents, batch_size if contexts is None else 16, net.config.n_prefix):
-            tokens, sentence, document = (x.to(self.device) for x in batch)
-            given = torch.zeros(*document.shape, net.config.concept_dim, device=self.device)
+        for index, *row in packed(documents, batch_size, net.config.n_prefix):
+            tokens, sentence = (x.to(self.device) for x in row)
+            last = sentence.amax(1, keepdim=True)
+            given = torch.zeros(len(index), last.max() + 1, net.config.concept_dim, device=self.device)
             if concepts is not None:
                 given[:, 0] = torch.as_tensor(concepts[index], dtype=torch.float32)
-            mask = build_mask(document_of(sentence, document), causal=True)
-            with autocast(self.device, self.dtype):
+            with self.autocast:
+                mask = build_mask(sentence.clamp(max=0), causal=True)  # a row is one document
                 x, target, counted = net.states(tokens, sentence, given, mask)
-                counted &= sentence == sentence.amax(1, keepdim=True)  # the last one alone
+                counted &= sentence == last
                 logits = F.linear(x[counted], net.embedding.weight)
             loss = torch.zeros(target.shape, device=self.device)
             loss[counted] = F.cross_entropy(logits.float(), target[counted], reduction='none')
@@ -1094,8 +1096,7 @@ class ConceptDecoder:
         return out
 
 def load_encoder(path, device='auto', dtype='float32') -> SentenceEncoder:
-    """The encoder saved at `path`, a file or an out_dir. Raises UserError where there is none, or no such
-    device."""
+    """The encoder saved at `path`, a file or an out_dir. Raises UserError, also for a device not there."""
     state = load_checkpoint(path, 'encoder')
     jepa = JEPA(JEPAConfig(**state['config']))
     jepa.load_state_dict(state['model'])
@@ -1104,8 +1105,7 @@ def load_encoder(path, device='auto', dtype='float32') -> SentenceEncoder:
     return encoder
 
 def load_decoder(path, device='auto', dtype='float32', kind='decoder') -> ConceptDecoder:
-    """The decoder, or the `kind` 'language_model', saved at `path`, a file or an out_dir. Raises
-    UserError."""
+    """The decoder, or `kind` 'language_model', saved at `path`, a file or an out_dir. Raises UserError."""
     state = load_checkpoint(path, kind)
     net = Decoder(DecoderConfig(**state['config']))
     net.load_state_dict(state['model'])

@@ -10,18 +10,13 @@ language_model.pt and so on; and decoder_init.pt where encoder_path is an encode
 can compare with step 0.
 """
 
-import math
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import model as lib
 from config import UserError, override
-from config.run import Run, half_cosine, load_checkpoint, lr_at
+from config.run import Run
 from prepare import Corpus
 
 # ----------------------------------------------------------------------------------------------------
@@ -77,58 +72,42 @@ settings = override(
 # ----------------------------------------------------------------------------------------------------
 # Setup: ranks, device, data, the frozen encoder
 
-COLUMNS = ['step', 'epoch', 'tokens', 'seconds', 'lr', 'loss', 'grad_norm', 'tokens_per_s', 'val_loss',
-           'val_shuffled', 'val_unconditional', 'val_information']
+COLUMNS = ['val_loss', 'val_shuffled', 'val_unconditional', 'val_information']
 if concept_blur + concept_dropout >= 1:
     raise UserError(f'--concept_blur={concept_blur} and --concept_dropout={concept_dropout} leave no '
                     'sentence its concept')
 kind = 'language_model' if language_model else 'decoder'
 name = kind + '_init' * (os.path.basename(encoder_path) == 'encoder_init.pt')  # of the files
-run = Run(settings, name, COLUMNS)
-source = load_checkpoint(encoder_path or out_dir, 'encoder')
-jepa = lib.JEPA(lib.JEPAConfig(**source['config']))
-jepa.load_state_dict(source['model'])
-jepa.to(run.device).eval().requires_grad_(False)
-data_dir = data_dir or source['settings']['data_dir']
+run = Run(settings, kind, COLUMNS, name)
+encoder = lib.load_encoder(encoder_path or out_dir, run.device)
+jepa = encoder.model
+data_dir = data_dir or encoder.settings['data_dir']
 train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
-if source['tokenizer']['sha256'] != train_data.meta['tokenizer']['sha256']:
+if encoder.tokenizer.spec['sha256'] != train_data.meta['tokenizer']['sha256']:
     raise UserError(f"{data_dir} has another tokenizer than the encoder read: prepare it with that one")
-max_sentences = max_sentences or train_data.max_sentences(block_size, n_prefix)
-rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences,
-        'prefix': n_prefix}
-rows_a_step = gradient_accumulation_steps * batch_size
-run.steps_per_epoch = train_data.n_windows(block_size, n_prefix) / rows_a_step
-val_windows = val_data.n_windows(block_size, n_prefix)
-eval_iters = min(eval_iters, max(val_windows // (batch_size * run.world_size), 1))  # no row twice
+run.read(train_data, val_data, n_prefix)
 
 # ----------------------------------------------------------------------------------------------------
 # Model: from scratch, or the checkpoint of a run that was stopped
 
-config = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'concept_dim': jepa.config.n_embd,
+config = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'concept_dim': encoder.dim,
           'eos': train_data.tokenizer.eos, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd,
           'n_prefix': n_prefix, 'dropout': dropout}
-fixed = {k: v for k, v in config.items() if k != 'dropout'} | {'encoder': f'{jepa.fingerprint():.6g}'}
-state = run.resume(kind, fixed)
+fixed = {k: v for k, v in config.items() if k != 'dropout'} | {'encoder': f'{encoder.fingerprint:.6g}'}
+state = run.resume(fixed)
 torch.manual_seed(seed)
 model = lib.Decoder(lib.DecoderConfig(**config)).to(run.device)
 if state:
     model.load_state_dict(state['model'])
 else:  # its token embeddings start as the concepts of single tokens
-    tokens = [[i] for i in range(config['vocab_size'])]
-    concepts = torch.from_numpy(lib.SentenceEncoder(jepa, None, run.device).encode_tokens(tokens, 1024))
+    concepts = torch.from_numpy(encoder.encode_tokens([[i] for i in range(config['vocab_size'])], 1024))
     model.start_from(concepts.to(run.device), jepa.token_weight)
-groups = lib.optimizer_groups(model, weight_decay)
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+forward = run.build(model, lib.optimizer_groups(model), state, tokenizer=train_data.meta['tokenizer'],
+                    fingerprint=encoder.fingerprint)
+targets = run.compiled(jepa.targets)
 attention, encoder_attention = (lib.attention_path(run.device_type, run.compile, hf)
                                 for hf in (False, bool(jepa.config.hf)))
-forward = torch.compile(model) if run.compile else model
-targets = torch.compile(jepa.targets) if run.compile else jepa.targets
-if run.world_size > 1:
-    forward = DistributedDataParallel(forward, broadcast_buffers=False)
-n_params = sum(p.numel() for p in model.parameters())
-run.say(f'{n_params / 1e6:.1f}M parameters, {run.steps_per_epoch:,.0f} steps an epoch, '
-        f'{rows_a_step * block_size:,} positions a step, {run.world_size} x {run.device}, '
-        f'{run.dtype}{", compiled" if run.compile else ""}')
+del state
 
 # ----------------------------------------------------------------------------------------------------
 # A batch's concepts, and what a validation batch costs with and without them
@@ -138,7 +117,7 @@ def inputs(tokens, sentence, document):
     """The decoder's mask and the concepts (B, S, concept_dim) of a batch; zeros for a language model."""
     if language_model:
         mask = lib.build_mask(lib.document_of(sentence, document), causal=True, path=attention)
-        return mask, torch.zeros(*document.shape, jepa.config.n_embd, device=run.device)
+        return mask, torch.zeros(*document.shape, encoder.dim, device=run.device)
     # the encoder does not see the decoder's free positions
     words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
     own = lib.build_mask(words, path=encoder_attention)
@@ -162,11 +141,10 @@ def blurred(concepts):
 
 @torch.no_grad()
 def evaluate():
-    """Validation nats per token (the end of a sentence counts as one) given the concept, another document's,
-    none."""
+    """Validation nats per token (a sentence's end is one) given the concept, another document's, none."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)
-    for tokens, sentence, document in run.validation_batches(val_data, eval_iters, rows):
+    for tokens, sentence, document in run.validation_batches(val_data, run.eval_iters):
         mask, concepts = inputs(tokens, sentence, document)
         # half a batch away in the order of documents: of another one, unless one has half the sentences
         order = document.flatten().argsort(stable=True)[(document < 0).sum():]
@@ -182,56 +160,29 @@ def evaluate():
     return {'val_loss': given, 'val_shuffled': shuffled, 'val_unconditional': none,
             'val_information': none - given}
 
-def checkpoint():
-    """The weights, and what is needed to use them."""
-    return {'kind': kind, 'config': asdict(model.config), 'model': model.state_dict(),
-            'tokenizer': train_data.meta['tokenizer'], 'fingerprint': jepa.fingerprint()}
-
 # ----------------------------------------------------------------------------------------------------
 # Loop
 
-run.begin(optimizer, state)
-del state
-loader = ThreadPoolExecutor(1)  # cuts the next batches while these are computed
-upcoming = loader.submit(run.micro_batches, train_data, run.step, rows)
+run.begin()
 model.train()
 while True:
     if run.evaluates():
         v = evaluate()
         text = ('nats per token {val_loss:.3f} | another concept {val_shuffled:.3f} | no concept '
                 '{val_unconditional:.3f} | information {val_information:.3f}').format(**v)
-        run.record(v, -v['val_loss'], text, checkpoint())
+        run.record(v, -v['val_loss'], text)
     if run.step >= max_iters or run.stopping:
         break
-
-    # this step's rates and batches
-    lr = lr_at(run.step, settings)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-        if group['decays']:
-            group['weight_decay'] = half_cosine(run.step, max_iters, weight_decay, weight_decay_end)
-    torch.manual_seed(hash((seed, run.step, run.rank)))  # noise and dropout: no generator state to save
-    batches = upcoming.result()
-    upcoming = loader.submit(run.micro_batches, train_data, run.step + 1, rows)
+    batches = run.next_batches()
     n_tokens, = run.count(sum(int((sentence >= 0).sum()) - (n_prefix - 1) * int((document >= 0).sum())
                               for _, sentence, document in batches))
-
-    # forward and backward
-    total = torch.zeros((), device=run.device)
-    for i, batch in enumerate(batches):
-        tokens, sentence, document = run.to_device(batch)
+    torch.manual_seed(hash((seed, run.step, run.rank)))  # noise and dropout: no generator state to save
+    for tokens, sentence, document in run.on_device(batches):
         mask, concepts = inputs(tokens, sentence, document)
         concepts = concepts if language_model else blurred(concepts)
-        last = run.world_size == 1 or i == len(batches) - 1
-        with nullcontext() if last else forward.no_sync():  # DDP sums the gradients once a step
-            with run.autocast:
-                part = forward(tokens, sentence, concepts, mask) / n_tokens
-            (part * run.world_size).backward()  # DDP averages over ranks, and n_tokens counts all of them
-        total += part.detach()
-
-    # clipping, optimizer
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    run.log_step(total, norm, lr=lr)
-run.end(checkpoint(), '' if encoder_path else f'Next: python evaluate.py --out_dir={out_dir}')
+        with run.autocast:
+            loss = forward(tokens, sentence, concepts, mask)
+        run.backward(loss / n_tokens)
+    run.update()
+    run.log_step()
+run.end('' if encoder_path else f'Next: python evaluate.py --out_dir={out_dir}')

@@ -10,17 +10,13 @@ The same command goes on from a run that was stopped. Writes to out_dir: encoder
 import math
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import model as lib
 from config import UserError, override
-from config.run import Run, half_cosine, lr_at
+from config.run import Run, half_cosine
 from prepare import Corpus
 
 # ----------------------------------------------------------------------------------------------------
@@ -93,13 +89,11 @@ settings = override(
 # Setup: ranks, device, data
 
 # loss is the objective's, regulariser included; val_loss is 1 - cos whatever that is, so that runs compare
-COLUMNS = ['step', 'epoch', 'tokens', 'seconds', 'lr', 'ema', 'loss', 'grad_norm', 'tokens_per_s',
-           'predictions_per_s', 'train_skill', 'val_loss', 'val_skill', 'val_copy_skill', 'val_window_skill',
-           'val_cos_unrelated', 'val_rank', 'val_mrr', 'val_copy_mrr', 'val_doc_mrr', 'val_doc_copy_mrr',
-           'val_doc_chance']
+COLUMNS = ['ema', 'predictions_per_s', 'train_skill', 'val_loss', 'val_skill', 'val_copy_skill',
+           'val_window_skill', 'val_cos_unrelated', 'val_rank']
 if target == 'shared' and context != 'concepts':
     raise UserError('--target=shared needs --context=concepts: one view for both sides')
-run = Run(settings, 'encoder', COLUMNS)
+run = Run(settings, 'encoder', COLUMNS, 'encoder')
 train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
 for corpus in (train_data, val_data):
     if corpus.n_sentences == corpus.n_documents:
@@ -107,11 +101,7 @@ for corpus in (train_data, val_data):
                         'where they span lines, prepare them with --doc_separator')
 if max_sentences == 1:
     raise UserError('--max_sentences=1: a row of one sentence has no next one, expected 2 or more, or 0')
-max_sentences = max_sentences or train_data.max_sentences(block_size)
-rows = {'batch_size': batch_size, 'block_size': block_size, 'max_sentences': max_sentences}
-rows_a_step = gradient_accumulation_steps * batch_size
-run.steps_per_epoch = train_data.n_windows(block_size) / rows_a_step
-eval_iters = min(eval_iters, max(val_data.n_windows(block_size) // (batch_size * run.world_size), 1))
+run.read(train_data, val_data)
 
 # ----------------------------------------------------------------------------------------------------
 # Model: from scratch, from a pretrained one, or the checkpoint of a run that was stopped
@@ -124,13 +114,13 @@ fixed = {k: settings[k] for k in ('n_layer', 'n_head', 'n_embd', 'predictor_laye
 fixed |= {'tokenizer': train_data.meta['tokenizer']['sha256']}
 if init_from != 'resume':
     fixed |= {'backbone': init_from.removeprefix('scratch')}
-state, weights = run.resume('encoder', fixed), None
+state, weights = run.resume(fixed), None
 if state:
     config = state['config'] | {'dropout': dropout}
 elif init_from.startswith('hf:'):
     found, weights = lib.pretrained(init_from[3:], train_data.meta['tokenizer'])
     config |= found  # n_layer, n_head and n_embd are the pretrained model's
-elif init_from not in ('scratch', 'resume'):
+elif init_from != 'scratch':
     raise UserError(f"--init_from={init_from}: expected 'scratch', 'resume' or 'hf:<name or folder>'")
 torch.manual_seed(seed)
 model = lib.JEPA(lib.JEPAConfig(**config))
@@ -145,27 +135,20 @@ if state:
 elif pooling == 'sif':
     model.token_weight.copy_(lib.sif_weights(torch.from_numpy(train_data.token_counts())))
 model.to(run.device)
-scale = 1.0 if model.config.hf else embedding_lr_scale
-groups = lib.optimizer_groups(model, weight_decay, scale, predictor_lr_scale)
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+groups = lib.optimizer_groups(model, 1.0 if model.config.hf else embedding_lr_scale, predictor_lr_scale)
+forward = run.build(model, groups, state, tokenizer=train_data.meta['tokenizer'])
+targets = run.compiled(model.targets)
 attention = lib.attention_path(run.device_type, run.compile, bool(model.config.hf))
-forward = torch.compile(model) if run.compile else model
-targets = torch.compile(model.targets) if run.compile else model.targets
-if run.world_size > 1:
-    forward = DistributedDataParallel(forward, broadcast_buffers=False)
-n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-run.say(f'{n_params / 1e6:.1f}M parameters, {train_data.n_tokens / 1e6:.1f}M tokens of training data, '
-        f'{run.steps_per_epoch:,.0f} steps an epoch, {rows_a_step * block_size:,} tokens a step, '
-        f'{run.world_size} x {run.device}, {run.dtype}{", compiled" if run.compile else ""}')
+del state, weights
 
 # ----------------------------------------------------------------------------------------------------
 # The start: token embeddings from the sentences around them, and the whitened space, before the first step
 
 def first_batches():
     """This rank's batches of the first steps: one pass over start_tokens, or all there are."""
-    n = math.ceil(min(start_tokens / block_size / rows_a_step, run.steps_per_epoch))
+    n = math.ceil(min(start_tokens / run.positions, run.steps_per_epoch))
     for i in tqdm(range(max(n, 1)), 'start', leave=False, disable=run.rank > 0 or not sys.stderr.isatty()):
-        yield from map(run.to_device, run.micro_batches(train_data, i, rows))
+        yield from map(run.to_device, run.micro_batches(i))
 
 @torch.no_grad()
 def sentence_means(tokens, sentence, document, own=None):
@@ -191,53 +174,35 @@ if not run.step and whiten:
 @torch.no_grad()
 def neighbours(corpus, n):
     """Of the pairs in n batches: predictions, true next, last, and mean of the last 8 concepts (pairs, D);
-    document, row and place in the row (pairs,)."""
+    document (pairs,)."""
     parts = []
-    for i, (tokens, sentence, document) in enumerate(run.validation_batches(corpus, n, rows)):
+    for tokens, sentence, document in run.validation_batches(corpus, n):
         z = model.whitening(sentence_means(tokens, sentence, document)[0])
         with run.autocast:
             p = model.predictor(z, document) if context == 'concepts' else \
                 model.predict(tokens, sentence, document, model.masks(sentence, document)[1])
-        row, place = lib.pairs(document).nonzero(as_tuple=True)
-        size = (lib.place_in_sentence(document) + 1).clamp(max=8)  # of the window that ends at each sentence
-        total = torch.nn.functional.pad(z.cumsum(1), (0, 0, 1, 0))
-        start = torch.arange(1, max_sentences + 1, device=z.device) - size
-        window = total[:, 1:] - lib.at_positions(total, start)
-        parts.append((p[row, place], z[row, place + 1], z[row, place], (window / size[..., None])[row, place],
-                      document[row, place], i * batch_size + row, place))
-    return [torch.cat(x) for x in zip(*parts)]
-
-def reciprocal_ranks(p, z, document, row, place):
-    """Mean reciprocal rank of z[i] given p[i] among other documents' z, and among its own document's in its
-    row but the window of 8 sentences before; chance of the latter. On at most 1,000 pairs spread evenly."""
-    query = torch.linspace(0, len(p) - 1, min(len(p), 1000), device=p.device).long()
-    similar, same = lib.unit(p)[query] @ z.T, document[query, None] == document
-    distance = place - place[query, None]
-    inside = same & (row[query, None] == row) & ((distance > 0) | (distance < -8))
-    harmonic = torch.arange(1, len(z) + 1, device=p.device, dtype=torch.float32).reciprocal().cumsum(0)
-    n = 1 + inside.sum(1)
-    return [(1 / lib.worst_ranks(similar, query, allowed).float()).mean() for allowed in (~same, inside)] + \
-        [(harmonic[n - 1] / n).mean()]
+        place = torch.arange(document.shape[1], device=z.device)
+        window = lib.build_mask(document, causal=True)[:, 0] & (place > place[:, None] - 8)  # (B, S, S)
+        means = window.float() @ z / window.sum(-1, keepdim=True)
+        row, i = lib.pairs(document).nonzero(as_tuple=True)
+        parts.append((p[row, i], z[row, i + 1], z[row, i], means[row, i], document[row, i]))
+    return map(torch.cat, zip(*parts))
 
 def evaluate():
-    """Validation measures as a dict of floats, the same on all ranks; the prediction's scale is fitted on the
-    way."""
+    """Validation measures, the same on all ranks; the prediction's scale is fitted on the way."""
     model.eval()
-    p, z, last, window, *_ = neighbours(train_data, max(eval_iters // 2, 1))
+    p, z, last, window, _ = neighbours(train_data, max(run.eval_iters // 2, 1))
     mean, (scale, *scales) = z.mean(0), [lib.fit_scale(x, z) for x in (p, last, window)]
     model.prediction_scale.copy_(run.all_sum(scale) / run.world_size)
     train_skill = lib.skill(model.prediction_scale * p, z, mean)
-    p, z, last, window, document, *places = neighbours(val_data, eval_iters)
+    p, z, last, window, document = neighbours(val_data, run.eval_iters)
     copy_skill, window_skill = (lib.skill(a * x, z, mean) for a, x in zip(scales, (last, window)))
-    mrr, doc_mrr, chance = reciprocal_ranks(p, z, document, *places)
-    copy_mrr, doc_copy_mrr, _ = reciprocal_ranks(last, z, document, *places)
     half, cosine = len(z) // 2, (lib.unit(p) * z).sum(1)
     unrelated = (lib.unit(p) * z.roll(half, 0)).sum(1)[document != document.roll(half)]
     values = {'train_skill': train_skill, 'val_loss': 1 - cosine.mean(),
               'val_skill': lib.skill(model.prediction_scale * p, z, mean), 'val_copy_skill': copy_skill,
               'val_window_skill': window_skill, 'val_cos_unrelated': unrelated.sum() / max(len(unrelated), 1),
-              'val_rank': lib.rank_me(z - z.mean(0)), 'val_mrr': mrr, 'val_copy_mrr': copy_mrr,
-              'val_doc_mrr': doc_mrr, 'val_doc_copy_mrr': doc_copy_mrr, 'val_doc_chance': chance}
+              'val_rank': lib.rank_me(z - z.mean(0))}
     total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=run.device)
     model.train()
     return dict(zip(values, (run.all_sum(total) / run.world_size).tolist()))
@@ -251,68 +216,44 @@ def describe(v):
              'predictions are no better than the mean concept': v['val_skill'] <= 0 < run.step - warmup_iters}
     seen = ' and '.join(sign for sign, there in signs.items() if there)
     return ('loss {val_loss:.3f} | skill {val_skill:.3f} (copy {val_copy_skill:.3f}, window mean '
-            '{val_window_skill:.3f}) | MRR {val_mrr:.3f} (copy {val_copy_mrr:.3f}) | in document '
-            '{val_doc_mrr:.3f} (copy {val_doc_copy_mrr:.3f}, chance {val_doc_chance:.3f}) | '
-            'rank {val_rank:.0f}'
+            '{val_window_skill:.3f}) | rank {val_rank:.0f}'
             .format(**v) + f'/{n_embd}' + (f' | this looks like collapse: {seen}' if seen else ''))
-
-def checkpoint():
-    """The weights, and what is needed to use them."""
-    return {'kind': 'encoder', 'config': asdict(model.config), 'model': model.state_dict(),
-            'tokenizer': train_data.meta['tokenizer']}
 
 # ----------------------------------------------------------------------------------------------------
 # Loop
 
-run.begin(optimizer, state)
-del state, weights
-loader = ThreadPoolExecutor(1)  # cuts the next batches while these are computed
-upcoming = loader.submit(run.micro_batches, train_data, run.step, rows)
+run.begin()
 model.train()
 while True:
     if run.evaluates():
         values = evaluate()
-        run.record(values, values['val_skill'], describe(values), checkpoint())
+        run.record(values, values['val_skill'], describe(values))
     if run.step >= max_iters or run.stopping:
         break
-
-    # this step's rates and batches
-    lr = lr_at(run.step, settings)
-    ema = half_cosine(run.step, max_iters, ema_start, ema_end) if target == 'ema' else 0.0
-    for group in optimizer.param_groups:
-        group['lr'] = lr * group['scale']
-        if group['decays']:
-            group['weight_decay'] = half_cosine(run.step, max_iters, weight_decay, weight_decay_end)
-    if dropout or reg == 'sigreg':
-        torch.manual_seed(hash((seed, run.step)))  # no generator state to save
-    batches = upcoming.result()
-    upcoming = loader.submit(run.micro_batches, train_data, run.step + 1, rows)
+    batches, moments = run.next_batches(), 0
     _, n_pairs = run.count(sum(int((sentence >= 0).sum()) for _, sentence, _ in batches),
                            sum(int(lib.pairs(document).sum()) for _, _, document in batches))
+    if dropout or reg == 'sigreg':
+        torch.manual_seed(hash((seed, run.step)))  # no generator state to save
 
     # forward and backward
-    total, moments = torch.zeros((), device=run.device), 0
-    for i, batch in enumerate(batches):
-        tokens, sentence, document = run.to_device(batch)
-        last = run.world_size == 1 or i == len(batches) - 1
-        with nullcontext() if last else forward.no_sync():  # DDP sums the gradients once a step
-            own, mask = model.masks(sentence, document, attention)
-            z, used = sentence_means(tokens, sentence, document, own)
-            concepts = model.whitening(z, used if whiten else None)
-            with run.autocast:
-                part = forward(tokens, sentence, document, z, concepts, mask) / max(n_pairs, 1)
-            (part * run.world_size).backward()  # DDP averages over ranks, and n_pairs counts all of them
-        total += part.detach()
-        moments = moments + model.whitening.moments(z, used)
+    for tokens, sentence, document in run.on_device(batches):
+        own, mask = model.masks(sentence, document, attention)
+        z, used = sentence_means(tokens, sentence, document, own)
+        concepts = model.whitening(z, used if whiten else None)
+        with run.autocast:
+            loss_sum = forward(tokens, sentence, document, z, concepts, mask)
+        run.backward(loss_sum / max(n_pairs, 1))
+        if whiten:
+            moments = moments + model.whitening.moments(z, used)
 
     # clipping, optimizer, whitening, moving average
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    run.update()
     if whiten:
         model.whitening.update(run.all_sum(moments))
         if (run.step + 1) % whiten_interval == 0:
             model.whitening.refresh()
+    ema = half_cosine(run.step, max_iters, ema_start, ema_end) if target == 'ema' else 0.0
     model.update_target(ema)
-    run.log_step(total, norm, lr=lr, ema=ema)
-run.end(checkpoint(), f'Next: python train_decoder.py config/decoder_<of its size>.py --out_dir={out_dir}')
+    run.log_step(ema=ema)
+run.end(f'Next: python train_decoder.py config/decoder_<of its size>.py --out_dir={out_dir}')

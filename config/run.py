@@ -1,5 +1,4 @@
-"""What every training run does the same: ranks, device, rates, stop signals, metrics, checkpoints. Not a
-preset."""
+"""What every training run does the same: ranks, device, rates, signals, metrics, checkpoints. No preset."""
 
 import csv
 import json
@@ -8,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 if __name__ == '<run_path>':
@@ -15,6 +15,7 @@ if __name__ == '<run_path>':
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import UserError, ranks, write_file
@@ -22,8 +23,7 @@ from config import UserError, ranks, write_file
 FORMAT = 7  # of checkpoints
 
 def pick_device(name: str) -> str:
-    """The device of the setting `device`; auto: cuda where there is one. Raises UserError for what is not
-    there."""
+    """The device that --device names; auto: cuda where there is one. Raises UserError for one not there."""
     name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
     try:
         torch.zeros(1, device=name)
@@ -43,8 +43,7 @@ def half_cosine(step, total, start, end):
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
 
 def lr_at(step: int, s: dict) -> float:
-    """Learning rate of the settings s: linear warm-up, then a half cosine to min_lr, or a tenth of
-    learning_rate."""
+    """Learning rate of the settings s: linear warm-up, then a half cosine to min_lr, or to a tenth."""
     rate, warmup = s['learning_rate'], s['warmup_iters']
     if step < warmup:
         return rate * (step + 1) / (warmup + 1)
@@ -56,11 +55,15 @@ def lr_at(step: int, s: dict) -> float:
 class Run:
     """A training process: its rank, device and dtype, the step it is at, and what it writes to out_dir.
 
-    `s` are the script's settings, `name` that of its checkpoints, `columns` those of its metrics.
+    `s` are the script's settings, `kind` is what its checkpoints hold, `columns` are those that its metrics
+    have besides what every run has, `name` is that of its files.
     """
 
-    def __init__(self, s: dict, name: str, columns: list[str]):
-        self.s, self.name, self.columns, suffix = s, name, columns, '' if name == 'encoder' else f'_{name}'
+    def __init__(self, s: dict, kind: str, columns: list[str], name: str):
+        self.s, self.kind, self.name = s, kind, name
+        self.columns = ['step', 'epoch', 'tokens', 'seconds', 'lr', 'loss', 'grad_norm', 'tokens_per_s']
+        self.columns += columns
+        suffix = '' if name == 'encoder' else f'_{name}'
         self.metrics = os.path.join(s['out_dir'], f'metrics{suffix}.csv')
         self.config = os.path.join(s['out_dir'], f'config{suffix}.json')
         self.step, self.seen, self.seconds, self.best = 0, 0, 0.0, -math.inf
@@ -95,18 +98,34 @@ class Run:
             dist.all_reduce(x)
         return x
 
-    def resume(self, kind: str, fixed: dict) -> dict | None:
+    def compiled(self, f):
+        """The module or function f, compiled where this run compiles."""
+        return torch.compile(f) if self.compile else f
+
+    # ------------------------------------------------------------------------------------------------
+    # Before the first step
+
+    def read(self, train_data, val_data, prefix=0):
+        """Read these Corpora, with `prefix` free positions before each sentence."""
+        s, self.train_data, block = self.s, train_data, (self.s['block_size'], prefix)
+        self.rows = {'batch_size': s['batch_size'], 'block_size': s['block_size'], 'prefix': prefix,
+                     'max_sentences': s['max_sentences'] or train_data.max_sentences(*block)}
+        rows_a_step = self.n_micro * s['batch_size']
+        self.positions = rows_a_step * s['block_size']  # of a step
+        self.steps_per_epoch = train_data.n_windows(*block) / rows_a_step
+        val_batches = val_data.n_windows(*block) // (s['batch_size'] * self.world_size)
+        self.eval_iters = min(s['eval_iters'], max(val_batches, 1))  # no row twice
+
+    def resume(self, fixed: dict) -> dict | None:
         """The checkpoint to go on from, None where out_dir has none; this run is then at its step.
 
         Raises UserError where an entry of `fixed`, {name: value}, was another when it was written. Every
         other setting that changed is printed and taken.
         """
         path, self.fixed = os.path.join(self.s['out_dir'], f'{self.name}.pt'), fixed
-        if not os.path.exists(path):
-            if self.s['init_from'] == 'resume':
-                raise UserError(f"--init_from=resume: there is no '{path}'")
+        if self.s['init_from'] != 'resume' and not os.path.exists(path):
             return None
-        state = load_checkpoint(path, kind)
+        state = load_checkpoint(path, self.kind)
         for name, value in fixed.items():
             if (old := state['fixed'].get(name)) != value:
                 raise UserError(f"'{path}' was trained with {name}={old}, not {value}: set it back, or take "
@@ -121,25 +140,42 @@ class Run:
             self.best = state['best']  # else it was measured on other sentences
         return state
 
-    def begin(self, optimizer, state: dict | None):
-        """Make the files of a run, and the optimizer that of the checkpoint `state` where there is one."""
-        self.optimizer, self.first, self.counted = optimizer, self.step, [0, 0]
+    def build(self, model, groups: list, state: dict | None, **saved):
+        """The model as it is called in training: compiled, and over all ranks.
+
+        `groups` are those of model.optimizer_groups, `state` is a checkpoint to go on from, `saved` is what
+        each checkpoint holds beside the weights.
+        """
+        self.model, self.saved = model, saved
+        self.optimizer = torch.optim.AdamW(groups, betas=(self.s['beta1'], self.s['beta2']), fused=True)
+        if state:  # its moments, with the settings of now
+            moments = {'state': state['optimizer']['state']}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
+        self.forward = self.compiled(model)
+        if self.world_size > 1:
+            self.forward = DistributedDataParallel(self.forward)
+        n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.say(f'{n_params / 1e6:.1f}M parameters, {self.train_data.n_tokens / 1e6:.1f}M tokens of text, '
+                 f'{self.steps_per_epoch:,.0f} steps an epoch, {self.positions:,} positions a step, '
+                 f'{self.world_size} x {self.device}, {self.dtype}{", compiled" * self.compile}')
+        return self.forward
+
+    def begin(self):
+        """Make the files of a run, cut its first batches, and save before it leaves on a signal."""
+        self.first, self.counted = self.step, [0, 0]
         self.since = self.began = time.time()
-        if state:
-            now = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state['optimizer'])
-            for group, settings in zip(optimizer.param_groups, now):  # settings of now, moments of then
-                group.update(settings)
         if self.rank == 0:
             os.makedirs(self.s['out_dir'] or '.', exist_ok=True)
             kept = []
-            if state and os.path.exists(self.metrics):  # rows after the checkpoint's step are written again
+            if self.step and os.path.exists(self.metrics):  # rows after this step are written again
                 with open(self.metrics, encoding='utf-8') as f:
                     kept = [line for line in list(f)[1:] if int(line.partition(',')[0]) <= self.step]
             write_file(self.metrics, ','.join(self.columns) + '\n' + ''.join(kept))
             write_file(self.config, json.dumps(self.s, indent=1))
         self.bar = tqdm(total=self.s['max_iters'], initial=self.step, unit='step',
                         disable=self.rank > 0 or not sys.stderr.isatty())
+        self.loader = ThreadPoolExecutor(1)
+        self.upcoming = self.loader.submit(self.micro_batches, self.step)
 
         def on_signal(number, frame):  # the first asks the loop to save and stop, the second stops at once
             if self.signal:
@@ -148,17 +184,23 @@ class Run:
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
 
-    def micro_batches(self, corpus, step: int, rows: dict) -> list:
-        """This rank's micro-batches of a step, on the CPU: (tokens, sentence, document) each."""
-        batches = (corpus.batch(step, i, self.n_micro, **rows, seed=self.s['seed'])
-                   for i in range(self.rank, self.n_micro, self.world_size))
-        return [[torch.from_numpy(b[k]) for k in ('tokens', 'sentence', 'document')] for b in batches]
+    # ------------------------------------------------------------------------------------------------
+    # Batches
 
-    def validation_batches(self, corpus, n: int, rows: dict):
+    def micro_batches(self, step: int) -> list:
+        """This rank's micro-batches of a step, on the CPU: (tokens, sentence, document) each."""
+        return [self.tensors(self.train_data, step, i, self.n_micro, seed=self.s['seed'])
+                for i in range(self.rank, self.n_micro, self.world_size)]
+
+    def validation_batches(self, corpus, n: int):
         """n batches of this rank, always the same ones, on the device."""
         for i in range(n):
-            batch = corpus.batch(i, self.rank, self.world_size, **rows)
-            yield self.to_device([torch.from_numpy(batch[k]) for k in ('tokens', 'sentence', 'document')])
+            yield self.to_device(self.tensors(corpus, i, self.rank, self.world_size))
+
+    def tensors(self, corpus, *which, **how) -> list:
+        """tokens, sentence, document of a batch; arguments as of Corpus.batch."""
+        batch = corpus.batch(*which, **self.rows, **how)
+        return [torch.from_numpy(batch[k]) for k in ('tokens', 'sentence', 'document')]
 
     def to_device(self, batch) -> list:
         """The tensors of a batch on the device; the copy to a GPU waits for nothing."""
@@ -166,10 +208,14 @@ class Run:
             return [x.to(self.device) for x in batch]
         return [x.pin_memory().to(self.device, non_blocking=True) for x in batch]
 
-    def evaluates(self) -> bool:
-        """Whether this step is evaluated: the first one, every eval_interval and the last."""
-        resumed = self.step == self.first > 0
-        return (self.step % self.s['eval_interval'] == 0 or self.step == self.s['max_iters']) and not resumed
+    # ------------------------------------------------------------------------------------------------
+    # A step: next_batches, count, and for each of on_device a backward; then update, log_step
+
+    def next_batches(self) -> list:
+        """As micro_batches, of this step; the next ones are cut in the background meanwhile."""
+        batches = self.upcoming.result()
+        self.upcoming = self.loader.submit(self.micro_batches, self.step + 1)
+        return batches
 
     def count(self, *counts: int) -> list[int]:
         """Tokens, and others, of a step over all ranks; notes whether some rank was asked to stop."""
@@ -179,9 +225,51 @@ class Run:
         self.seen += counts[0]
         return counts
 
+    def on_device(self, batches: list):
+        """Yield the step's micro-batches; DDP sums the gradients of all in the last one's backward."""
+        self.loss = 0
+        for i, batch in enumerate(batches, 1):
+            if self.world_size > 1:
+                self.forward.require_backward_grad_sync = i == len(batches)
+            yield self.to_device(batch)
+
+    def backward(self, loss):
+        """Add the gradients of a micro-batch's share of the step's loss."""
+        (loss * self.world_size).backward()  # DDP averages over ranks, but shares are of all of them
+        self.loss = self.loss + loss.detach()
+
+    def update(self):
+        """Clip the gradients and make the optimizer's step, at this step's rates."""
+        s = self.s
+        self.lr = lr_at(self.step, s)
+        decay = half_cosine(self.step, s['max_iters'], s['weight_decay'], s['weight_decay_end'])
+        for group in self.optimizer.param_groups:
+            group['lr'], group['weight_decay'] = self.lr * group['scale'], decay * group['decays']
+        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s['grad_clip'] or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def log_step(self, **row):
+        """Count the step, and every log_interval write its loss, gradient norm and the speed so far."""
+        self.step += 1
+        self.bar.update(1)
+        if self.step % self.s['log_interval'] == 0 or self.evaluates() or self.stopping:
+            loss, norm, elapsed = self.all_sum(self.loss).item(), self.norm.item(), time.time() - self.since
+            speed = {k: n / elapsed for k, n in zip(('tokens_per_s', 'predictions_per_s'), self.counted)}
+            self.log({'lr': self.lr, 'loss': loss, 'grad_norm': norm, **row, **speed})
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed['tokens_per_s']:,.0f} tokens/s")
+            self.counted = [0, 0]
+
+    # ------------------------------------------------------------------------------------------------
+    # What a run leaves
+
+    def evaluates(self) -> bool:
+        """Whether this step is evaluated: the first one, every eval_interval and the last."""
+        resumed = self.step == self.first > 0
+        return (self.step % self.s['eval_interval'] == 0 or self.step == self.s['max_iters']) and not resumed
+
     def log(self, row: dict):
-        """Append a row to the metrics; cells that were not measured stay blank. Stops where a value is not
-        finite."""
+        """Append a row to the metrics; cells that were not measured stay blank. Raises UserError for NaN."""
         now = time.time()
         self.seconds, self.since = self.seconds + now - self.since, now
         for name, value in row.items():
@@ -195,21 +283,8 @@ class Run:
                 csv.DictWriter(f, self.columns, lineterminator='\n').writerow(
                     {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
 
-    def log_step(self, loss, norm, **row):
-        """Count the step, and every log_interval write its loss and gradient norm (tensors) and the speed so
-        far."""
-        self.step += 1
-        self.bar.update(1)
-        if self.step % self.s['log_interval'] == 0 or self.evaluates() or self.stopping:
-            loss, norm, elapsed = self.all_sum(loss).item(), norm.item(), time.time() - self.since
-            speed = {k: n / elapsed for k, n in zip(('tokens_per_s', 'predictions_per_s'), self.counted)}
-            self.log({'loss': loss, 'grad_norm': norm, **row, **speed})
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed['tokens_per_s']:,.0f} tokens/s")
-            self.counted = [0, 0]
-
-    def record(self, values: dict, score: float, text: str, state: dict):
-        """After an evaluation: say it, write its row, keep the best checkpoint by `score` and the newest
-        one."""
+    def record(self, values: dict, score: float, text: str):
+        """After an evaluation: say it, write its row, keep the best checkpoint by `score` and the newest."""
         self.log(values)
         done = self.step - self.first
         minutes = (time.time() - self.began) / 60 / max(done, 1) * (self.s['max_iters'] - self.step)
@@ -218,28 +293,29 @@ class Run:
             tqdm.write(f'step {self.step}: {text}{left}', file=sys.stdout)
             sys.stdout.flush()
         if self.step == 0 and self.name == 'encoder':
-            self.save(state, '_init')
+            self.save('_init')
         elif self.step:
             if score > self.best:
                 self.best = score
-                self.save(state, '_best')
-            self.save(state)
+                self.save('_best')
+            self.save()
         self.since = time.time()
 
-    def save(self, state: dict, suffix: str = ''):
+    def save(self, suffix: str = ''):
         """Write the checkpoint <name><suffix>.pt; the one without a suffix holds what is needed to go on."""
-        state = {**state, 'step': self.step, 'settings': self.s}
+        state = {'kind': self.kind, 'config': vars(self.model.config), 'model': self.model.state_dict(),
+                 'step': self.step, 'settings': self.s, **self.saved}
         if not suffix:
             state |= {'optimizer': self.optimizer.state_dict(), 'fixed': self.fixed, 'seen': self.seen,
                       'seconds': self.seconds, 'best': self.best}
         if self.rank == 0:
             save_checkpoint(os.path.join(self.s['out_dir'], f'{self.name}{suffix}.pt'), state)
 
-    def end(self, state: dict, hint: str):
+    def end(self, hint: str):
         """Save where the run was stopped, and leave: exit code 0 at the end, 128 + n after signal n."""
         self.bar.close()
         if self.stopping:
-            self.save(state)
+            self.save()
         if self.world_size > 1:
             dist.barrier()
             dist.destroy_process_group()
@@ -262,8 +338,7 @@ def save_checkpoint(path: str, state: dict):
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 def load_checkpoint(path: str, kind: str) -> dict:
-    """The checkpoint of `kind` at `path`, or in that out_dir, read to the CPU. Raises UserError with what to
-    do."""
+    """The checkpoint of `kind` at `path`, or in that out_dir, on the CPU. Raises UserError: what to do."""
     path = os.path.join(path, f'{kind}.pt') if os.path.isdir(path) else path
     if not os.path.exists(path):
         script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'

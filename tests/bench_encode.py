@@ -19,7 +19,6 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-
 def in_turn(functions, repeats, warm_up=1):
     """{name: (repeats,) of what each function returned}; they take turns, every other time in reverse."""
     found = {name: [] for name in functions}
@@ -27,7 +26,6 @@ def in_turn(functions, repeats, warm_up=1):
         for name in list(functions)[::1 - 2 * (r % 2)]:
             found[name].append(functions[name]())
     return {name: np.array(values[warm_up:]) for name, values in found.items()}
-
 
 def interval(rates):
     """Medians of {name: rates}; of two, also of their ratio, and its 95 % interval by bootstrap."""
@@ -38,7 +36,6 @@ def interval(rates):
         ends = np.quantile(drawn, (0.025, 0.975)).round(3)
         row |= {'ratio': round(np.median(ratio), 3), 'from': ends[0], 'to': ends[1]}
     return row
-
 
 def worker(root, out_dir, path, device):
     """A process that answers each line of standard input with how much encode and generate did a second."""
@@ -54,7 +51,6 @@ def worker(root, out_dir, path, device):
             f()
             times.append(time.perf_counter())
         print(*np.array([len(texts), 64 * len(z)]) / np.diff(times), flush=True)
-
 
 def compare(roots, outs, path, repeats, device):
     """{what: {name: rates}} of checkouts {name: folder}, models {name: out_dir}, on the texts in a json."""
@@ -72,7 +68,6 @@ def compare(roots, outs, path, repeats, device):
     return {what: {name: rates[:, i] for name, rates in found.items()}
             for i, what in enumerate(('encode, sentences', 'generate, tokens'))}
 
-
 def show(rows, path):
     """Print rows as a table and keep them as csv."""
     for row in [dict(zip(rows[0], rows[0])), *rows]:
@@ -81,7 +76,6 @@ def show(rows, path):
         writer = csv.DictWriter(f, rows[0], lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
@@ -100,7 +94,6 @@ def main():
         roots, outs = (dict(zip(('this', 'other'), part)) for part in (folders[::2], folders[1::2]))
         found = compare(roots, outs, f.name, a.repeats, a.device)
     show([{'a second': what, **interval(rates)} for what, rates in found.items()], f'{a.results}/encode.csv')
-
 
 if __name__ == '__main__':
     worker(*sys.argv[2:]) if sys.argv[1:2] == ['--worker'] else main()

@@ -36,7 +36,6 @@ from prepare import Corpus  # noqa: E402
 SIZES = {'cpu': '192,2,3;384,2,6', 'cuda': '384,6,6;512,6,8;768,12,12'}  # width, layers, heads
 PREFIX, WRITTEN = 2, 64
 
-
 class Bench:
     """Workloads of one size. Each makes step(i, mark), which calls mark(name) at the end of each of its parts
     and returns a function that gives (real tokens, flops) once the clock has stopped."""
@@ -55,7 +54,7 @@ class Bench:
 
     def updates(self, net):
         """A function of a loss and mark: backward and the optimizer's step."""
-        optimizer = torch.optim.AdamW(lib.optimizer_groups(net, 0.05), lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(lib.optimizer_groups(net), lr=1e-4, fused=True)
 
         def update(loss, mark):
             mark('forward')
@@ -137,7 +136,6 @@ class Bench:
             return lambda: (n * WRITTEN, 0)
         return step
 
-
 class LanguageModel(lib.Encoder):
     """Tokens (B, T) to the cross-entropy of the next ones, as nanoGPT; head and embedding are one."""
 
@@ -150,18 +148,15 @@ class LanguageModel(lib.Encoder):
         logits = F.linear(super().forward(tokens, None)[:, :-1], self.embedding.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
-
 def causal(qkv, rope, heads):
     """Block.attend, to all that stands before in the row, without a mask."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(lib.rotate(q, *rope), lib.rotate(k, *rope), v, is_causal=True)
     return y.transpose(1, 2).flatten(2)
 
-
 def matrices(module):
     """Weights that each position is multiplied with: of a module's matrices, without its embeddings."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
-
 
 def reread(net, concepts):
     """Decoder.generate, greedy, without a cache: all is read again for each token."""
@@ -170,7 +165,6 @@ def reread(net, concepts):
         tokens = F.pad(out, (PREFIX, 0))
         x = net.states(tokens, 0 * tokens, concepts[:, None], lib.build_mask(0 * tokens, True))[0]
         out = torch.cat((out, F.linear(x[:, -1:], net.embedding.weight).argmax(-1)), 1)
-
 
 def timed(step, i, a):
     """(Tokens, flops, seconds, {part: seconds}) of a step. A GPU is waited for after each part."""
@@ -185,7 +179,6 @@ def timed(step, i, a):
     counts = step(i, mark)
     mark('end')
     return *map(float, counts()), times[-1] - times[0], dict(zip(names[1:-1], np.diff(times)))
-
 
 def measure(corpus, size, a, peak):
     """(Rows of the table, rows of parts) of one size."""
@@ -216,7 +209,6 @@ def measure(corpus, size, a, peak):
                   for part in marks[0]]
     return rows, parts
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Two checkouts. Settings' names and metrics.csv are all that this knows of the other one.
 
@@ -246,7 +238,6 @@ def held(root, kind, size, out, data, a):
         process.send_signal(signal.SIGCONT)
         process.wait()
 
-
 def against(sizes, a, work):
     """Rows that compare this checkout with a.other: training steps, encode, generate."""
     roots, rows = {'this': ROOT, 'other': os.path.abspath(a.other)}, []
@@ -267,13 +258,11 @@ def against(sizes, a, work):
                  for what, rates in found.items()]
     return rows
 
-
 def prepared(folder, a, root):
     """The folder, once root's prepare.py has put --dataset there."""
     command = ['prepare.py', f'--dataset={a.dataset}', f'--data_dir={folder}', '--tokenizer=bpe:8192']
     subprocess.run([sys.executable, *command], cwd=root, check=True, capture_output=True)
     return folder
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
@@ -307,7 +296,6 @@ def main():
         speed = {r['workload']: r['GFLOP/s'] for r in rows if r['width'] == width}
         ratio = {k: round(float(speed['language model'] / speed[k]), 2) for k in ('encoder', 'decoder')}
         print(f"{width} wide, time a FLOP over the language model's: {ratio}")
-
 
 if __name__ == '__main__':
     main()

@@ -19,7 +19,6 @@ os.environ['OMP_NUM_THREADS'] = '1'  # models this small gain nothing from two
 WORDS = ['river', 'stone', 'cloud', 'garden', 'letter', 'winter', 'market', 'window', 'shadow', 'bridge',
          'copper', 'lantern', 'harbour', 'thistle']
 
-
 def run(script, *args, check=True, **environment):
     """Run one of the scripts to its end in a process of its own: returncode, stdout, stderr."""
     done = subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
@@ -27,10 +26,8 @@ def run(script, *args, check=True, **environment):
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
-
 FORKS = multiprocessing.get_context('forkserver')  # a process that has imported torch and forks
 FORKS.set_forkserver_preload(['conftest', 'model'])
-
 
 def script_main(script, args, output, environment, before):
     """Be the script, in a process of FORKS."""
@@ -47,7 +44,6 @@ def script_main(script, args, output, environment, before):
     except (Exception, KeyboardInterrupt):
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
-
 
 def start(script, *args, before=None, **environment):
     """As `run`, without 3 s of imports: .process, .output() of both streams, .end() as run returns."""
@@ -68,13 +64,11 @@ def start(script, *args, before=None, **environment):
         return SimpleNamespace(**dict(zip(('stdout', 'stderr'), output())), returncode=process.exitcode)
     return SimpleNamespace(process=process, output=output, end=end)
 
-
 def free_port():
     """A port of loopback that nobody listens on."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
-
 
 @pytest.fixture(scope='session')
 def texts():
@@ -86,7 +80,6 @@ def texts():
                             for s in range(3 + d % 10)))
     return out
 
-
 @pytest.fixture(scope='session')
 def corpus_dir(tmp_path_factory, texts):
     """The texts as prepare.py writes them, in several shards."""
@@ -96,7 +89,6 @@ def corpus_dir(tmp_path_factory, texts):
     run('prepare.py', f'--dataset={source}', f'--data_dir={folder}/data', '--tokenizer=bpe:400',
         '--val_fraction=0.2', '--shard_tokens=2000', '--num_proc=1')
     return str(folder / 'data')
-
 
 @pytest.fixture(scope='session')
 def turns_dir(tmp_path_factory):

@@ -21,7 +21,6 @@ from prepare import Corpus
 
 SENTENCES = ['The river.', 'A stone stood near the long bridge for winter days.', '', 'Copper <|endoftext|>']
 
-
 def jepa(context='concepts'):
     torch.manual_seed(0)
     net = lib.JEPA(lib.JEPAConfig(400, 2, 2, 32, predictor_layer=2, context=context)).eval()
@@ -31,7 +30,6 @@ def jepa(context='concepts'):
     net.target.load_state_dict(net.encoder.state_dict())
     return net
 
-
 def decoder():
     torch.manual_seed(3)
     net = lib.Decoder(lib.DecoderConfig(400, 32, eos=399, n_layer=2, n_head=2, n_embd=32)).eval()
@@ -40,14 +38,11 @@ def decoder():
     torch.nn.init.uniform_(net.token_weight)
     return net
 
-
 def tensors(rows):
     return [torch.from_numpy(rows[k]) for k in ('tokens', 'sentence', 'document')]
 
-
 def causal(group, path='mask'):
     return lib.build_mask(group, causal=True, path=path)
-
 
 def loss_of(net, tokens, sentence, document):
     """The training loss, as train_encoder.py makes it."""
@@ -55,18 +50,15 @@ def loss_of(net, tokens, sentence, document):
     z = net.targets(tokens, sentence, document, own)
     return net(tokens, sentence, document, z, net.whitening(z, document >= 0), mask)
 
-
 def nats(net, tokens, sentence, concepts, mask):
     """Nats of each position that counts, 0 elsewhere, by way of all logits."""
     with torch.no_grad():
         x, target, counted = net.states(tokens, sentence, concepts, mask)
         return F.cross_entropy((x @ net.embedding.weight.T).mT, target, reduction='none') * counted
 
-
 @pytest.fixture(scope='module')
 def corpus(corpus_dir):
     return Corpus(corpus_dir, 'train')
-
 
 @pytest.fixture
 def batch(corpus):
@@ -75,7 +67,6 @@ def batch(corpus):
     assert ((document[:, :-1] != document[:, 1:]) & (document[:, 1:] >= 0)).any()
     assert (sentence[:, -1] < 0).any()
     return tokens, sentence, document
-
 
 @pytest.mark.parametrize('view', ['sentence', 'context', 'causal', 'document'])
 def test_masks_against_brute_force(batch, view):
@@ -90,7 +81,6 @@ def test_masks_against_brute_force(batch, view):
                     'document': d[i] == d[j] and k <= q}[view]
             assert mask[b, 0, q, k] == (seen if min(i, j) >= 0 else q == k)  # padding sees itself alone
 
-
 @pytest.mark.parametrize('context', ['concepts', 'tokens'])
 def test_flex_attention_sees_what_the_masks_say(batch, context, monkeypatch):
     monkeypatch.setattr(lib, 'compiled_block_mask', torch.compile(create_block_mask, backend='eager'))
@@ -102,7 +92,6 @@ def test_flex_attention_sees_what_the_masks_say(batch, context, monkeypatch):
         masks = causal(sentence, 'flex'), causal(sentence)
         states = (writer.states(tokens, sentence, concepts, mask)[0] for mask in masks)
         assert torch.allclose(*states, atol=1e-4)
-
 
 @pytest.mark.parametrize('forward', [False, True])
 def test_spans_equal_a_mask(batch, forward):
@@ -118,7 +107,6 @@ def test_spans_equal_a_mask(batch, forward):
         found.append((out * used, *torch.autograd.grad((out * weight).sum(), [leaf, *block.parameters()])))
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*found))
     assert (found[1][1] * ~used).abs().sum() == 0
-
 
 @pytest.mark.parametrize(('context', 'path'), [('concepts', 'mask'), ('concepts', 'spans'),
                                                  ('tokens', 'mask')])
@@ -142,7 +130,6 @@ def test_no_later_sentence_moves_a_prediction(batch, context, path):
             assert torch.equal(before[0][:, i], z[:, i])
             assert not torch.equal(before[0][:, i + 1], z[:, i + 1])
 
-
 @pytest.mark.parametrize('context', ['concepts', 'tokens'])
 def test_the_loss_by_hand(batch, context):
     """Each prediction from the sentences up to it alone; either context's inputs; pairs of one document."""
@@ -162,7 +149,6 @@ def test_the_loss_by_hand(batch, context):
         assert lib.pairs(document).sum() == len(expected) > 9
         assert loss_of(net, *batch).item() == pytest.approx(sum(expected), rel=1e-4)
 
-
 def test_one_step_changes_everything_trainable(batch):
     net = jepa().train()
     loss_of(net, *batch).backward()
@@ -173,15 +159,14 @@ def test_one_step_changes_everything_trainable(batch):
         p.data += 1
     net.update_target(0.75)
     assert all(torch.allclose(a + 0.25, b, atol=1e-6) for a, b in zip(before, net.target.parameters()))
-    groups = lib.optimizer_groups(net, 0.1, embedding_scale=50.0, predictor_scale=0.1)
-    found = {id(p): (g['scale'], g['weight_decay']) for g in groups for p in g['params']}
+    groups = lib.optimizer_groups(net, embedding_scale=50.0, predictor_scale=0.1)
+    found = {id(p): (g['scale'], g['decays']) for g in groups for p in g['params']}
     assert found.keys() == trainable.keys()
     assert len(found) == sum(len(g['params']) for g in groups), 'once each'
-    for p, scale, decay in ((net.encoder.embedding.weight, 50, 0), (net.encoder.norm.weight, 1, 0),
-                            (net.encoder.blocks[0].up.weight, 1, 0.1), (net.predictor.slope, 0.1, 0),
-                            (net.predictor.blocks[0].up.weight, 0.1, 0.1)):
-        assert found[id(p)] == (scale, decay)
-
+    for p, scale, decays in ((net.encoder.embedding.weight, 50, False), (net.encoder.norm.weight, 1, False),
+                             (net.encoder.blocks[0].up.weight, 1, True), (net.predictor.slope, 0.1, False),
+                             (net.predictor.blocks[0].up.weight, 0.1, True)):
+        assert found[id(p)] == (scale, decays)
 
 def test_the_model_starts_as_a_fading_mean_of_embeddings(batch):
     tokens, sentence, document = batch
@@ -193,7 +178,6 @@ def test_the_model_starts_as_a_fading_mean_of_embeddings(batch):
     share = torch.exp(-0.4 * (i[:, None] - i)).tril()
     assert torch.allclose(p, lib.unit(c + 8 * (share / share.sum(1, keepdim=True)) @ c), atol=0.1)
     assert torch.allclose(p[:, 0], c[:, 0], atol=1e-5)
-
 
 def test_start_of_embeddings_against_brute_force(batch):
     """Two passes of neighbour_embeddings over one batch, sentence by sentence."""
@@ -219,7 +203,6 @@ def test_start_of_embeddings_against_brute_force(batch):
     assert 0 < (new.abs().sum(1) > 0).sum() < 400  # some tokens do not come: they stay random
     assert torch.allclose(found, table.float(), atol=1e-3)
 
-
 def test_a_sentence_is_the_weighted_mean_of_its_tokens(batch):
     tokens, sentence, _ = batch
     counts = torch.bincount(tokens.flatten(), minlength=400)
@@ -232,7 +215,6 @@ def test_a_sentence_is_the_weighted_mean_of_its_tokens(batch):
         here = sentence[b] == s
         mean = (h[b] * weights[tokens[b], None])[here].mean(0) if here.any() else torch.zeros(8)
         assert torch.allclose(found[b, s], mean, atol=1e-5)
-
 
 def test_whitening_against_numpy():
     """Moments of batches and ranks add up; rows not used do not count; both centres; under autocast."""
@@ -257,7 +239,6 @@ def test_whitening_against_numpy():
         w.update(w.moments(parts[0][0][:1], torch.ones(1, 500)), told)
         assert np.allclose(w.cov, (1 - share) * before.numpy() + share * own, atol=1e-3)
 
-
 def test_the_loss_cannot_be_lowered_by_collapse():
     """Of sentences that share a direction, or lie on a line: a constant predicts them only unwhitened."""
     z, used, direction = torch.randn(40, 50, 16), torch.ones(40, 50).bool(), lib.unit(torch.randn(16))
@@ -272,7 +253,6 @@ def test_the_loss_cannot_be_lowered_by_collapse():
         assert w(torch.stack((w.mean, 1e6 * w.mean))[None]).isfinite().all()
     assert best_constant(lib.unit(collapsed)) < 1e-3
 
-
 def test_infonce_equals_brute_force():
     """Negatives are the batch's other sentences but those that were read: of the document, up to the last."""
     document = torch.tensor([[0] * 12 + [1, 1, -1, -1], [2, 4, 4, 4] + [5] * 12, [3, 3, 3] + [-1] * 13])
@@ -286,7 +266,6 @@ def test_infonce_equals_brute_force():
                  for c, j in (document >= 0).nonzero().tolist() if (c, j) not in read}
         expected = np.log(sum(map(np.exp, score.values()))) - score[b, i + 1]
         assert found[b, i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
 
 @pytest.mark.parametrize('switch', [{'loss': 'mse'}, {'loss': 'infonce'}, {'target': 'shared'},
                                     {'reg': 'vicreg'}, {'reg': 'sigreg'}], ids=str)
@@ -319,7 +298,6 @@ def test_each_switch_teaches_something_else(batch, switch, monkeypatch):
     with pytest.raises(RuntimeError, match='device'):
         loss_of(net, tokens, sentence, document)
 
-
 def test_regularisers_by_hand():
     x, used = 0.4 * torch.randn(60, 6), torch.rand(60) < 0.7
     cov = torch.cov(x[used].double().T)
@@ -334,7 +312,6 @@ def test_regularisers_by_hand():
     gap = (wave - torch.exp(-t ** 2 / 2)).abs().square() * torch.exp(-t ** 2 / 2)
     area = ((gap[:, 1:] + gap[:, :-1]) / 2 * (t[1] - t[0])).sum(1).mean()
     assert found.item() == pytest.approx((used.sum() * area).item(), rel=1e-4)
-
 
 def test_measures_against_references():
     p, z, allowed, true = *torch.randn(2, 40, 6), torch.rand(40, 40) > 0.4, torch.randint(40, (40,))
@@ -358,7 +335,6 @@ def test_measures_against_references():
     x, index = p.view(8, 5, 6), torch.randint(5, (8, 7))
     assert torch.equal(lib.at_positions(x, index), torch.stack([x[b, index[b]] for b in range(8)]))
 
-
 @pytest.mark.parametrize('width', [16, 32, 48])
 def test_a_decoder_starts_with_the_words_of_a_concept(corpus, width):
     encoder = lib.SentenceEncoder(jepa(), None)
@@ -368,7 +344,6 @@ def test_a_decoder_starts_with_the_words_of_a_concept(corpus, width):
     writer, concepts = lib.ConceptDecoder(net, None), encoder.encode_tokens(sentences)
     given, another = (writer.nll(sentences, c) for c in (concepts, np.roll(concepts, 100, 0)))
     assert (given < another).mean() > 0.7
-
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_generation_with_a_cache_equals_reading_it_all_again(temperature):
@@ -384,7 +359,6 @@ def test_generation_with_a_cache_equals_reading_it_all_again(temperature):
     assert torch.equal(found, ids)
     assert found.unique().numel() > 3
 
-
 @pytest.mark.parametrize(('temperature', 'top_k', 'top_p', 'kept'), [
     (1, 0, 1, 5), (0.5, 0, 1, 5), (1, 3, 1, 3), (1, 99, 1, 5), (1, 0, 0.8, 2), (1, 0, 1e-9, 1),
     (1e-3, 0, 1, 1), (0, 0, 1, 1), (0.5, 3, 0.9, 2)])
@@ -393,7 +367,6 @@ def test_sampling(temperature, top_k, top_p, kept):
     expected = F.pad((logits[:kept] / max(temperature, 1e-3)).softmax(-1), (0, 5 - kept))
     drawn = lib.sample(logits.repeat(20_000, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0))
     assert torch.allclose(torch.bincount(drawn, minlength=5) / 20_000, expected, atol=0.015)
-
 
 def test_nll_of_packed_and_single_sentences(corpus):
     """In a row among others, alone, and by hand, for concepts of any length, which is how sure they are."""
@@ -419,7 +392,6 @@ def test_nll_of_packed_and_single_sentences(corpus):
         assert packed[b][sentence[b] == s].sum().item() == pytest.approx(by_hand, rel=1e-4)
         assert writer.nll([ids.numpy()], given[None].numpy())[0] == pytest.approx(by_hand, rel=1e-4)
 
-
 def test_a_language_model_reads_the_sentences_before():
     """Its nll in context is that of the packed row of training, where a token sees its document so far."""
     net, own, contexts = decoder(), [[1, 2], [8], [4, 4, 4]], [[[5, 9, 2], [7]], [[3] * 9], []]
@@ -433,7 +405,6 @@ def test_a_language_model_reads_the_sentences_before():
     writer = lib.ConceptDecoder(net, None)
     assert writer.nll(own, contexts=contexts) == pytest.approx(expected, rel=1e-4)
     assert (np.abs(writer.nll(own) - expected)[:2] > 1e-3).all()
-
 
 @pytest.mark.parametrize(('vocab', 'compiled'), [(50, False), (64, False), (65, False), (65, True)])
 def test_chunked_cross_entropy_equals_all_at_once(vocab, compiled):
@@ -449,7 +420,6 @@ def test_chunked_cross_entropy_equals_all_at_once(vocab, compiled):
         assert torch.allclose(a, b, atol=1e-4)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         assert loss(x, head).item() == pytest.approx(expected.item(), rel=2e-2)
-
 
 def test_a_run_is_compiled_once(corpus):
     """Other batches, and evaluation, neither compile again nor break a graph; the loss is the plain one."""
@@ -470,13 +440,11 @@ def test_a_run_is_compiled_once(corpus):
     assert graphs == [2, 4, 4, 4]  # each with gradients, then without
     assert not counters['graph_break']
 
-
 @pytest.fixture(scope='module')
 def encoder(corpus):
     net = jepa()
     net.whitening.mean.fill_(0.1)  # a space that has been measured: the empty sentence has a place in it too
     return lib.SentenceEncoder(net, corpus.tokenizer)
-
 
 def test_encode_keeps_the_order_and_the_batch_does_not_matter(encoder):
     z, order = encoder.encode(SENTENCES, batch_size=2), [3, 0, 2, 1]
@@ -492,7 +460,6 @@ def test_encode_keeps_the_order_and_the_batch_does_not_matter(encoder):
     assert np.allclose(encoder.similarity_pairwise(z, z), 1, atol=1e-5)
     assert encoder.encode([]).shape == (0, 32)
     assert np.allclose(pickle.loads(pickle.dumps(encoder)).encode(SENTENCES), z, atol=1e-5)
-
 
 @pytest.mark.parametrize('context', ['concepts', 'tokens'])
 def test_windows_equal_packed_rows(corpus, context):
@@ -512,7 +479,6 @@ def test_windows_equal_packed_rows(corpus, context):
     with contextlib.nullcontext() if context == 'concepts' else pytest.raises(UserError, match='tokens'):
         assert np.allclose(encoder.roll(3 * z, windows, batch_size=3), packed, atol=1e-5)
 
-
 @pytest.mark.parametrize('kind', [
     tuple, iter, np.array, lambda x: np.array(x, object), lambda x: dict.fromkeys(x).keys(),
     lambda x: pd.Series(x, index=range(9, 13)), lambda x: {'text': x}, lambda x: [{'text': s} for s in x],
@@ -520,7 +486,6 @@ def test_windows_equal_packed_rows(corpus, context):
 def test_texts_come_in_any_sequence(encoder, kind):
     for read in (encoder.encode, encoder.predict_next):
         assert np.allclose(read(kind(SENTENCES)), read(SENTENCES), atol=1e-6)
-
 
 @pytest.mark.parametrize(('wrong', 'place'), [
     (None, 'NoneType'), (3, 'int'), (b'He.', 'bytes'), (pd.DataFrame({'text': ['He went.']}), 'DataFrame'),
@@ -531,7 +496,6 @@ def test_what_is_no_text_is_refused_by_its_place(encoder, wrong, place):
     for read in (encoder.encode, encoder.predict_next):
         with pytest.raises(UserError, match=f'^sentences.*{place}'):
             read(wrong)
-
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.text(st.characters(), max_size=30), wrong=st.recursive(
@@ -544,7 +508,6 @@ def test_no_input_breaks_encode(encoder, text, wrong):
     for read in (encoder.encode, encoder.predict_next):
         with contextlib.suppress(UserError):
             assert read(wrong).shape[-1] == 32
-
 
 def test_arguments_that_mean_nothing_are_refused(encoder):
     writer, c = lib.ConceptDecoder(decoder(), encoder.tokenizer), encoder.encode(SENTENCES)
@@ -566,7 +529,6 @@ def test_arguments_that_mean_nothing_are_refused(encoder):
     assert hot[0] == hot[1] != hot[2]
     assert (writer.generate(c[0], max_tokens=5), writer.generate(c[:0])) == (texts[:1], [])
 
-
 @pytest.fixture
 def saved(corpus, tmp_path):
     """An out_dir with an encoder, a decoder and a language model."""
@@ -575,7 +537,6 @@ def saved(corpus, tmp_path):
             'kind': kind, 'config': vars(net.config), 'model': net.state_dict(), 'fingerprint': 3.0,
             'tokenizer': corpus.meta['tokenizer'], 'settings': {'seed': 1}, 'step': 7})
     return tmp_path
-
 
 def test_loading(saved):
     for path in (saved, str(saved / 'encoder.pt')):
@@ -589,7 +550,6 @@ def test_loading(saved):
     for wrong in ('float16', 'bf16', torch.float16):
         with pytest.raises(UserError, match='dtype'):
             lib.load_encoder(saved, dtype=wrong).encode('a')
-
 
 def test_what_cannot_be_loaded_is_told_apart(saved, monkeypatch):
     """A good file is never called damaged: not without a GPU or memory. Code in a file is not run."""

@@ -22,15 +22,12 @@ SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=2', '--block_
 LEARN = ['--eval_iters=8', '--dropout=0', '--predictor_lr_scale=1', '--embedding_lr_scale=1',
          '--learning_rate=3e-3']
 
-
 def encoder(data, out, *more):
     return ['train_encoder.py', *SMALL, '--predictor_layer=1', '--whiten_interval=3', f'--data_dir={data}',
             f'--out_dir={out}', *more]
 
-
 def decoder(out, *more):
     return ['train_decoder.py', *SMALL, f'--out_dir={out}', *more]
-
 
 def rows(path):
     """metrics.csv without its clocks."""
@@ -38,11 +35,9 @@ def rows(path):
         return [{k: v for k, v in r.items() if k not in ('seconds', 'tokens_per_s', 'predictions_per_s')}
                 for r in csv.DictReader(f)]
 
-
 def evaluations(path):
     """The evaluations of a run: {column: number}, first to last."""
     return [{k: float(v) for k, v in r.items() if v} for r in rows(path) if r['val_loss']]
-
 
 def assert_equal(a, b, atol=0.0):
     """Two checkpoints, bit for bit or nearly: weights, moving average, whitening, optimizer's state."""
@@ -54,7 +49,6 @@ def assert_equal(a, b, atol=0.0):
     for i, state in {} if atol else a['optimizer']['state'].items():
         assert all(torch.equal(value, b['optimizer']['state'][i][name]) for name, value in state.items())
 
-
 def signalled(number, log, step, *command):
     """What the command says when the signal `number` comes as soon as the metrics in `log` show `step`."""
     started = start(*command)
@@ -65,7 +59,6 @@ def signalled(number, log, step, *command):
         time.sleep(0.005)
     return started.end(check=False)
 
-
 @pytest.fixture(scope='module')
 def straight(corpus_dir, tmp_path_factory):
     """40 steps of the encoder, then of the decoder, without a break, in a folder with an unusual name."""
@@ -74,11 +67,9 @@ def straight(corpus_dir, tmp_path_factory):
     start(*decoder(out)).end()
     return out
 
-
 @pytest.fixture
 def copied(straight, tmp_path):
     return shutil.copytree(straight, tmp_path / 'out')
-
 
 @pytest.mark.parametrize(('number', 'code'), [('SIGTERM', 143), ('SIGINT', 130), ('SIGKILL', -9)])
 def test_resume_is_exact(straight, corpus_dir, tmp_path, number, code):
@@ -98,7 +89,6 @@ def test_resume_is_exact(straight, corpus_dir, tmp_path, number, code):
         assert seconds == sorted(seconds)
         assert load_checkpoint(tmp_path, kind)['seconds'] >= seconds[-1] - 0.01 > 0
 
-
 @pytest.mark.parametrize('switches', [
     '--reg=sigreg', '--context=tokens --loss=infonce --reg=vicreg', '--target=shared',
     '--whiten=False --target=stopgrad --pooling=mean --loss=mse'])
@@ -108,7 +98,6 @@ def test_resume_is_exact_with_every_switch(corpus_dir, tmp_path, switches):
     start(*encoder(corpus_dir, tmp_path / 'two', *switches, '--max_iters=3')).end()
     start(*encoder(corpus_dir, tmp_path / 'two', *switches, '--max_iters=6', '--init_from=resume')).end()
     assert_equal(tmp_path / 'one' / 'encoder.pt', tmp_path / 'two' / 'encoder.pt')
-
 
 def test_changed_settings_are_told_and_taken(copied, corpus_dir):
     before = [(p, p.stat().st_mtime_ns) for p in copied.glob('*.pt')]
@@ -129,7 +118,6 @@ def test_changed_settings_are_told_and_taken(copied, corpus_dir):
     assert {(g['scale'], *g['betas']) for g in groups} == {(scale, 0.8, 0.95) for scale in (7.0, 1.0, 0.1)}
     assert (state['settings']['seed'], state['step'], state['config']['dropout']) == (7, 42, 0.2)
 
-
 def test_the_weights_of_step_0_are_kept(corpus_dir, tmp_path):
     """encoder_init.pt is the model before its first step; its decoder has a name of its own."""
     start(*encoder(corpus_dir, tmp_path, '--max_iters=2', '--learning_rate=0', '--dropout=0')).end()
@@ -148,7 +136,6 @@ def test_the_weights_of_step_0_are_kept(corpus_dir, tmp_path):
     assert lib.load_decoder(tmp_path, kind='language_model').step == 1
     assert not (tmp_path / 'decoder.pt').exists()
 
-
 def test_an_early_signal_is_quiet_and_a_second_one_stops_at_once(corpus_dir, tmp_path):
     for more, seen, says in (('--start_passes=100000', 'embeddings start', 'train_encoder.py: interrupted\n'),
                              ('--max_iters=100000', 'step 0', '')):
@@ -160,7 +147,6 @@ def test_an_early_signal_is_quiet_and_a_second_one_stops_at_once(corpus_dir, tmp
             time.sleep(0.002)
         done = started.end(check=False)
         assert (done.returncode, done.stderr) == (130, says)
-
 
 def test_two_ranks_are_one_process(corpus_dir, tmp_path):
     # Adam makes a step of a gradient's rounding where that is all there is: embeddings at their rate move far
@@ -179,7 +165,6 @@ def test_two_ranks_are_one_process(corpus_dir, tmp_path):
     assert_equal(tmp_path / 'one' / 'decoder.pt', tmp_path / 'two' / 'decoder.pt', atol=2e-4)
     assert ('step 20' in first.stdout, second.stdout) == (True, '')
 
-
 def regularise_on_a_rank(rank, folder):
     """Save the gradients that a rank's rows of `folder`/x.pt get."""
     dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
@@ -189,7 +174,6 @@ def regularise_on_a_rank(rank, folder):
         (reg(x, torch.ones(len(x)).bool()) * len(x) / 50).backward()  # a share of the loss, as in training
         torch.save(x.grad, f'{folder}/{reg.__name__}_{rank}.pt')
     dist.destroy_process_group()
-
 
 def test_regularisers_see_the_rows_of_all_ranks(tmp_path):
     torch.save(0.4 * torch.randn(50, 6), tmp_path / 'x.pt')
@@ -205,22 +189,18 @@ def test_regularisers_see_the_rows_of_all_ranks(tmp_path):
         found = torch.cat([torch.load(tmp_path / f'{reg.__name__}_{rank}.pt') for rank in (0, 1)])
         assert torch.allclose(found, x.grad, atol=1e-6), reg
 
-
 def test_training_learns_and_does_not_collapse(turns_dir, tmp_path):
     """Where sentences take turns, training adds what neither the start nor a mean of what was read has."""
     said = start(*encoder(turns_dir, tmp_path, *LEARN, '--max_iters=100', '--eval_interval=50')).end().stdout
     first, *_, last = evaluations(tmp_path / 'metrics.csv')
     assert last['val_loss'] < first['val_loss'] - 0.2
-    assert last['val_mrr'] > max(first['val_mrr'], last['val_copy_mrr']) + 0.05
-    assert last['val_doc_mrr'] > max(first['val_doc_mrr'], last['val_doc_copy_mrr']) + 0.05
     assert last['val_skill'] > max(first['val_skill'], last['val_copy_skill'], last['val_window_skill']) + 0.1
     assert last['val_rank'] > 0.7 * 32
     assert last['val_cos_unrelated'] < 0.2
     assert 'looks like collapse' not in said
     start(*encoder(turns_dir, tmp_path / 'random', *LEARN, '--start_passes=0', '--max_iters=1')).end()
     random = evaluations(tmp_path / 'random' / 'metrics.csv')[0]
-    assert random['val_mrr'] < first['val_mrr'] - 0.02, 'the start helps'
-
+    assert random['val_skill'] < first['val_skill'] - 0.02, 'the start helps'
 
 def test_collapse_is_told(turns_dir, tmp_path):
     """The published recipe without whitening goes the way it is known to go."""
@@ -229,15 +209,13 @@ def test_collapse_is_told(turns_dir, tmp_path):
     assert 'this looks like collapse: ' in said
     assert 'unrelated sentences too' in said
 
-
 def test_the_concept_tells_the_decoder_something(straight):
     first, *_, last = evaluations(straight / 'metrics_decoder.csv')
     assert last['val_loss'] < min(first['val_loss'], last['val_shuffled'])
     assert last['val_information'] == pytest.approx(last['val_unconditional'] - last['val_loss'], abs=1e-4)
 
-
 @pytest.mark.parametrize(('arguments', 'says'), [
-    ('--data_dir=nowhere', 'nowhere'), ('--init_from=resum', 'scratch'), ('--init_from=resume', 'is no'),
+    ('--data_dir=nowhere', 'nowhere'), ('--init_from=resum', 'scratch'), ('--init_from=resume', 'no enc'),
     ('--n_head=5', 'n_head'), ('--n_head=0', 'above 0'), ('--dropout=2', 'below 1'), ('--context=x', 'token'),
     ('--dtype=float8', 'bfloat16'), ('--learning_rat=1', 'learning_rate'), ('--block_size=8', 'block_size=8'),
     ('--device=cuda', 'device=cuda'), ('--device=gpu', 'device=gpu'), ('--device=mps', 'device=mps'),
@@ -259,7 +237,6 @@ def test_mistakes_are_one_line(arguments, says, corpus_dir, tmp_path):
     assert says in done.stderr
     assert not (tmp_path / 'new').exists(), 'a refused run leaves no folder'
 
-
 def test_documents_of_one_sentence_are_refused(tmp_path):
     (tmp_path / 'lines.txt').write_text(''.join(f'Line {i} stands alone.\n' for i in range(200)))
     run('prepare.py', f'--dataset={tmp_path}/lines.txt', f'--data_dir={tmp_path}/data', '--tokenizer=bpe:300',
@@ -267,14 +244,12 @@ def test_documents_of_one_sentence_are_refused(tmp_path):
     done = start(*encoder(tmp_path / 'data', tmp_path / 'out')).end(check=False)
     assert (done.returncode, '--doc_separator' in done.stderr) == (1, True)
 
-
 def test_ruined_weights_are_not_saved(copied, corpus_dir):
     for kind, command in (('encoder', encoder(corpus_dir, copied)), ('decoder', decoder(copied))):
         done = start(*command, '--max_iters=200', '--learning_rate=1e30', '--grad_clip=0').end(check=False)
         assert (done.returncode, 'not finite' in done.stderr, done.stderr.count('\n')) == (1, True, 1), done
         for path in copied.glob(f'{kind}*.pt'):
             assert all(v.isfinite().all() for v in load_checkpoint(path, kind)['model'].values())
-
 
 def test_a_full_disk_is_told_and_costs_nothing(copied, corpus_dir):
     before = {p.name: p.read_bytes() for p in copied.glob('*.pt')}

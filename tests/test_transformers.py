@@ -21,12 +21,10 @@ KINDS = {'bert': (transformers.BertConfig, {**SIZE, 'max_position_embeddings': 6
          'gpt2': (transformers.GPT2Config, {'n_embd': 32, 'n_layer': 2, 'n_head': 2, 'n_positions': 64}),
          'modernbert': (transformers.ModernBertConfig, {**SIZE, 'local_attention': 8, 'pad_token_id': 0})}
 
-
 def config_of(kind, vocab_size=400):
     torch.manual_seed(0)
     named, size = KINDS[kind]
     return named(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, **size)
-
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, texts):
@@ -43,7 +41,6 @@ def folder(tmp_path_factory, texts):
         transformers.AutoModel.from_config(config_of(kind, 398)).save_pretrained(path)
         return path
     return make
-
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_packed_sentence_is_as_if_alone(kind, corpus_dir):
@@ -63,7 +60,6 @@ def test_a_packed_sentence_is_as_if_alone(kind, corpus_dir):
             after = net.predict(changed, sentence, document, mask)
         assert torch.allclose(before[:, :3], after[:, :3], atol=1e-5)
         assert not torch.allclose(before[:, 3], after[:, 3], atol=1e-3)
-
 
 @pytest.mark.parametrize('kind', ['roberta', 'gpt2'])
 def test_the_chain_with_a_model_of_the_hub(kind, folder, texts, tmp_path):
@@ -87,7 +83,6 @@ def test_the_chain_with_a_model_of_the_hub(kind, folder, texts, tmp_path):
     assert encoder.tokenizer.decode(ids) == 'A </s> is text.'
     assert (z.shape, len(decoder.generate(z, max_tokens=5))) == ((2, 32), 2)
 
-
 def test_mistakes_are_one_line(corpus_dir, folder, tmp_path):
     """Data with another tokenizer, no model at all, and one whose folder holds code, which is not run."""
     for name, content in (('config', {'model_type': 'unheard-of'}), ('tokenizer_config', {})):
@@ -102,7 +97,6 @@ def test_mistakes_are_one_line(corpus_dir, folder, tmp_path):
                f'--tokenizer=hf:{tmp_path}', check=False)
     assert (done.returncode, 'hf:' in done.stderr, 'Traceback' in done.stderr) == (1, True, False), done
     assert not (tmp_path / 'ran').exists()
-
 
 def test_mteb_takes_the_encoder_as_it_is(corpus_dir):
     """On a task of a few pairs, without the hub: Spearman's correlation of its own cosines."""
