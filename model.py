@@ -495,6 +495,12 @@ class JEPA(nn.Module):
         c = self.whitening(self.means(self.encoder, tokens, sentence, document, mask))
         return self.predictor(c, document)
 
+    def expected(self, tokens, sentence, document, z):
+        """Predictions (B, S, D) as made after training: from the targets' own concepts, z whitened."""
+        if self.config.context == 'tokens':
+            return self.predict(tokens, sentence, document, self.masks(sentence, document)[1])
+        return self.predictor(self.whitening(z), document)
+
     def forward(self, tokens, sentence, document, z, concepts, mask):
         """The loss, summed over pairs of neighbours, of predicting `concepts` (B, S, D): z, whitened."""
         means = self.means(self.encoder, tokens, sentence, document, mask)

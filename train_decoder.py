@@ -13,6 +13,7 @@ can compare with step 0.
 import os
 
 import torch
+import torch.nn.functional as F
 
 import model as lib
 from config import UserError, override
@@ -42,7 +43,7 @@ n_prefix = 2  # positions that carry the concept
 dropout = 0.0
 language_model = False  # True: no concept, and a token sees all that stands before it in its document's row
 concept_noise = 0.1  # length of the Gaussian noise added to a unit-norm concept while training
-concept_blur = 0.2  # share of sentences whose concept is mixed with noise and shorter, as predictions are
+predicted_share = 0.3  # share of sentences that are written from the prediction of their concept instead
 concept_dropout = 0.1  # share of sentences written without their concept: what perplexity is compared with
 # optimizer: AdamW
 learning_rate = 6e-4
@@ -65,16 +66,16 @@ settings = override(
     globals(),
     positive=('eval_interval', 'log_interval', 'eval_iters', 'batch_size', 'block_size', 'n_layer', 'n_head',
               'n_embd', 'gradient_accumulation_steps', 'n_prefix', 'max_iters'),
-    shares=('dropout', 'concept_blur', 'concept_dropout', 'beta1', 'beta2'),
+    shares=('dropout', 'predicted_share', 'concept_dropout', 'beta1', 'beta2'),
     choices={'init_from': ('scratch', 'resume'), 'dtype': ('auto', 'float32', 'bfloat16'),
              'compile': ('auto', True, False)})
 
 # ----------------------------------------------------------------------------------------------------
 # Setup: ranks, device, data, the frozen encoder
 
-COLUMNS = ['val_loss', 'val_shuffled', 'val_unconditional', 'val_information']
-if concept_blur + concept_dropout >= 1:
-    raise UserError(f'--concept_blur={concept_blur} and --concept_dropout={concept_dropout} leave no '
+COLUMNS = ['val_loss', 'val_shuffled', 'val_unconditional', 'val_information', 'val_predicted_information']
+if predicted_share + concept_dropout >= 1:
+    raise UserError(f'--predicted_share={predicted_share} and --concept_dropout={concept_dropout} leave no '
                     'sentence its concept')
 kind = 'language_model' if language_model else 'decoder'
 name = kind + '_init' * (os.path.basename(encoder_path) == 'encoder_init.pt')  # of the files
@@ -114,51 +115,52 @@ del state
 
 @torch.no_grad()
 def inputs(tokens, sentence, document):
-    """The decoder's mask and the concepts (B, S, concept_dim) of a batch; zeros for a language model."""
+    """A batch's mask, its concepts (B, S, concept_dim), and what the predictor expects them to be.
+
+    Both are zeros for a language model; a prediction also where no sentence of its document comes before.
+    """
     if language_model:
         mask = lib.build_mask(lib.document_of(sentence, document), causal=True, path=attention)
-        return mask, torch.zeros(*document.shape, encoder.dim, device=run.device)
+        return mask, *torch.zeros(2, *document.shape, encoder.dim, device=run.device)
     # the encoder does not see the decoder's free positions
     words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
     own = lib.build_mask(words, path=encoder_attention)
     with run.autocast:
-        concepts = jepa.whitening(targets(tokens, words, document, own))
-    return lib.build_mask(sentence, causal=True, path=attention), concepts
+        z = targets(tokens, words, document, own)
+        p = jepa.prediction_scale * jepa.expected(tokens, words, document, z)
+    before = F.pad(p[:, :-1] * lib.pairs(document)[..., None], (0, 0, 1, 0))
+    return lib.build_mask(sentence, causal=True, path=attention), jepa.whitening(z), before
 
-def blurred(concepts):
-    """Concepts (B, S, D) as training gives them: with a little noise, or, a share concept_dropout, none:
-    zeros.
-
-    A share `concept_blur` is given as predictions are: right by `confidence` of its direction, the rest
-    noise, and that long.
-    """
-    draw = torch.rand(2, *concepts.shape[:2], 1, device=concepts.device)
+def draw(concepts, predictions):
+    """What training gives: concepts (B, S, D) with a little noise, predictions of them, or none: zeros."""
+    if language_model:
+        return concepts
+    share = torch.rand(*concepts.shape[:2], 1, device=concepts.device)
     noise = torch.randn_like(concepts) / concepts.shape[-1] ** 0.5
-    confidence = torch.where(draw[0] < concept_blur, draw[1], 1.0)
-    share = torch.where(confidence < 1, (1 - confidence.square()).sqrt(), concept_noise)
-    mixed = confidence * lib.unit(confidence * concepts + share * noise)
-    return torch.where(draw[0] >= 1 - concept_dropout, 0.0, mixed)
+    given = torch.where(share < predicted_share, predictions, lib.unit(concepts + concept_noise * noise))
+    return torch.where(share >= 1 - concept_dropout, 0.0, given)
 
 @torch.no_grad()
 def evaluate():
-    """Validation nats per token (a sentence's end is one) given the concept, another document's, none."""
+    """Validation nats per token, ends included, given the concept, another document's, none, a prediction."""
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=run.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=run.device)
     for tokens, sentence, document in run.validation_batches(val_data, run.eval_iters):
-        mask, concepts = inputs(tokens, sentence, document)
+        mask, concepts, predictions = inputs(tokens, sentence, document)
         # half a batch away in the order of documents: of another one, unless one has half the sentences
         order = document.flatten().argsort(stable=True)[(document < 0).sum():]
         others = concepts.flatten(0, 1).clone()
         others[order] = others[order.roll(len(order) // 2)]
         with run.autocast:
-            for j, c in enumerate((concepts, others.view_as(concepts), torch.zeros_like(concepts))):
+            given = concepts, others.view_as(concepts), torch.zeros_like(concepts), predictions
+            for j, c in enumerate(given):
                 sums[j] += forward(tokens, sentence, c, mask).double()
-        sums[3] += (sentence >= 0).sum() - (n_prefix - 1) * (document >= 0).sum()
+        sums[4] += (sentence >= 0).sum() - (n_prefix - 1) * (document >= 0).sum()
     model.train()
     sums = run.all_sum(sums)
-    given, shuffled, none = (sums[:3] / sums[3]).tolist()
+    given, shuffled, none, predicted = (sums[:4] / sums[4]).tolist()
     return {'val_loss': given, 'val_shuffled': shuffled, 'val_unconditional': none,
-            'val_information': none - given}
+            'val_information': none - given, 'val_predicted_information': none - predicted}
 
 # ----------------------------------------------------------------------------------------------------
 # Loop
@@ -169,7 +171,8 @@ while True:
     if run.evaluates():
         v = evaluate()
         text = ('nats per token {val_loss:.3f} | another concept {val_shuffled:.3f} | no concept '
-                '{val_unconditional:.3f} | information {val_information:.3f}').format(**v)
+                '{val_unconditional:.3f} | information {val_information:.3f}, of predictions '
+                '{val_predicted_information:.3f}').format(**v)
         run.record(v, -v['val_loss'], text)
     if run.step >= max_iters or run.stopping:
         break
@@ -178,10 +181,9 @@ while True:
                               for _, sentence, document in batches))
     torch.manual_seed(hash((seed, run.step, run.rank)))  # noise and dropout: no generator state to save
     for tokens, sentence, document in run.on_device(batches):
-        mask, concepts = inputs(tokens, sentence, document)
-        concepts = concepts if language_model else blurred(concepts)
+        mask, *concepts = inputs(tokens, sentence, document)
         with run.autocast:
-            loss = forward(tokens, sentence, concepts, mask)
+            loss = forward(tokens, sentence, draw(*concepts), mask)
         run.backward(loss / n_tokens)
     run.update()
     run.log_step()

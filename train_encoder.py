@@ -177,10 +177,9 @@ def neighbours(corpus, n):
     document (pairs,)."""
     parts = []
     for tokens, sentence, document in run.validation_batches(corpus, n):
-        z = model.whitening(sentence_means(tokens, sentence, document)[0])
+        z = sentence_means(tokens, sentence, document)[0]
         with run.autocast:
-            p = model.predictor(z, document) if context == 'concepts' else \
-                model.predict(tokens, sentence, document, model.masks(sentence, document)[1])
+            p, z = model.expected(tokens, sentence, document, z), model.whitening(z)
         place = torch.arange(document.shape[1], device=z.device)
         window = lib.build_mask(document, causal=True)[:, 0] & (place > place[:, None] - 8)  # (B, S, S)
         means = window.float() @ z / window.sum(-1, keepdim=True)

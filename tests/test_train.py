@@ -157,7 +157,8 @@ def test_two_ranks_are_one_process(corpus_dir, tmp_path):
     assert_equal(tmp_path / 'one' / 'encoder.pt', tmp_path / 'two' / 'encoder.pt', atol=2e-4)
     for a, b in zip(*(rows(tmp_path / n / 'metrics.csv') for n in ('one', 'two'))):
         assert float(a['loss'] or 0) == pytest.approx(float(b['loss'] or 0), rel=1e-3)
-    same = ['--dropout=0', '--max_iters=20', '--concept_noise=0', '--concept_blur=0', '--concept_dropout=0']
+    same = ['--dropout=0', '--max_iters=20', '--concept_noise=0', '--predicted_share=0',
+            '--concept_dropout=0']
     start(*decoder(tmp_path / 'one', *same)).end()
     port = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     command = decoder(tmp_path / 'two', *same, f'--encoder_path={tmp_path}/one')
@@ -222,7 +223,7 @@ def test_the_concept_tells_the_decoder_something(straight):
     ('--pooling=max', 'sif'), ('--loss=l2', 'infonce'), ('--target=shared --context=tokens', 'concepts'),
     ('--max_iters=0', 'above 0'), ('--learning_rate=inf', 'learning_rate=inf'), ('--compile=2', 'auto'),
     ('--max_sentences=1', 'sentences'), ('--out_dir=/dev/null/x', 'cannot write'), ('--n_prefix=0', 'above'),
-    ('config/decoder_demo.py', 'preset of'), ('--concept_blur=0.8 --concept_dropout=0.5', 'no sentence'),
+    ('config/decoder_demo.py', 'preset of'), ('--predicted_share=0.8 --concept_dropout=0.5', 'no sentence'),
     ('--encoder_path=nowhere --n_prefix=2', 'train_encoder.py'), ('RANK=0', 'WORLD_SIZE'),
     ('WORLD_SIZE=4', 'RANK'), ('WORLD_SIZE=4 --n_prefix=2', 'RANK')])
 def test_mistakes_are_one_line(arguments, says, corpus_dir, tmp_path):
