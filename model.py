@@ -503,12 +503,14 @@ class JEPA(nn.Module):
 
     def forward(self, tokens, sentence, document, z, concepts, mask):
         """The loss, summed over pairs of neighbours, of predicting `concepts` (B, S, D): z, whitened."""
-        means = self.means(self.encoder, tokens, sentence, document, mask)
-        c = self.whitening(means)
+        alone = self.config.context == 'concepts'
+        means = z if alone and self.objective.frozen else \
+            self.means(self.encoder, tokens, sentence, document, mask)
+        read = [c := self.whitening(means)]
         if self.objective.target == 'shared':  # the targets are the inputs, with gradient
-            read = [concepts := c]
-        else:
-            read = [c, self.whitening(z)] if self.config.context == 'concepts' else [c]
+            concepts = c
+        elif alone and not self.objective.frozen:
+            read.append(self.whitening(z))
         kind, follows = self.objective.loss, pairs(document)
         losses = [pair_loss(self.predictor(x, document), concepts, document, kind) for x in read]
         loss = (sum(losses) / len(losses) * follows).sum()
@@ -535,6 +537,7 @@ class Objective:
     target: str = 'ema'  # or 'stopgrad': the encoder as it is; 'shared': that, and with gradient
     reg: str = 'none'  # or 'vicreg', 'sigreg': of the online encoder's sentence means
     reg_weight: float = 1.0
+    frozen: bool = False  # the encoder, freeze_encoder: only the predictor learns
 
     def penalty(self, x, used):
         """The regulariser of the rows of x (N, D) that are `used` (N,), times its weight."""

@@ -40,6 +40,7 @@ n_embd = 768  # width of states and concepts
 predictor_layer = 4
 fade = 0.4  # a sentence counts exp(-fade) times as much to the predictor as the one after it, at first
 dropout = 0.0
+freeze_encoder = False  # True: only the predictor learns, from concepts that stand still; steps are faster
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 start_passes = 4  # over the text, to start token embeddings from (model.neighbour_embeddings); 0: random ones
 start_tokens = 20_000_000  # read in each at most
@@ -109,8 +110,8 @@ run.read(train_data, val_data)
 config = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer': n_layer, 'n_head': n_head,
           'n_embd': n_embd, 'predictor_layer': predictor_layer, 'dropout': dropout, 'context': context,
           'fade': fade}
-fixed = {k: settings[k] for k in ('n_layer', 'n_head', 'n_embd', 'predictor_layer', 'context', 'pooling',
-                                  'whiten')}
+fixed = {k: settings[k] for k in ('n_layer', 'n_head', 'n_embd', 'predictor_layer', 'freeze_encoder',
+                                  'context', 'pooling', 'whiten')}
 fixed |= {'tokenizer': train_data.meta['tokenizer']['sha256']}
 if init_from != 'resume':
     fixed |= {'backbone': init_from.removeprefix('scratch')}
@@ -124,7 +125,8 @@ elif init_from != 'scratch':
     raise UserError(f"--init_from={init_from}: expected 'scratch', 'resume' or 'hf:<name or folder>'")
 torch.manual_seed(seed)
 model = lib.JEPA(lib.JEPAConfig(**config))
-model.objective = lib.Objective(loss, target, reg, reg_weight)
+model.objective = lib.Objective(loss, target, reg, reg_weight, freeze_encoder)
+model.encoder.requires_grad_(not freeze_encoder)
 model.whitening.rate, model.whitening.floor = whiten_rate, whiten_floor
 n_embd = model.config.n_embd
 if weights:
@@ -243,12 +245,12 @@ while True:
         with run.autocast:
             loss_sum = forward(tokens, sentence, document, z, concepts, mask)
         run.backward(loss_sum / max(n_pairs, 1))
-        if whiten:
+        if whiten and not freeze_encoder:
             moments = moments + model.whitening.moments(z, used)
 
     # clipping, optimizer, whitening, moving average
     run.update()
-    if whiten:
+    if whiten and not freeze_encoder:
         model.whitening.update(run.all_sum(moments))
         if (run.step + 1) % whiten_interval == 0:
             model.whitening.refresh()

@@ -91,7 +91,7 @@ def test_resume_is_exact(straight, corpus_dir, tmp_path, number, code):
 
 @pytest.mark.parametrize('switches', [
     '--reg=sigreg', '--context=tokens --loss=infonce --reg=vicreg', '--target=shared',
-    '--whiten=False --target=stopgrad --pooling=mean --loss=mse'])
+    '--whiten=False --target=stopgrad --pooling=mean --loss=mse', '--freeze_encoder=True'])
 def test_resume_is_exact_with_every_switch(corpus_dir, tmp_path, switches):
     switches = [*switches.split(), '--lr_decay_iters=6', '--ema_start=0.9', '--ema_end=0.9']
     start(*encoder(corpus_dir, tmp_path / 'one', *switches, '--max_iters=6')).end()
@@ -202,6 +202,17 @@ def test_training_learns_and_does_not_collapse(turns_dir, tmp_path):
     start(*encoder(turns_dir, tmp_path / 'random', *LEARN, '--start_passes=0', '--max_iters=1')).end()
     random = evaluations(tmp_path / 'random' / 'metrics.csv')[0]
     assert random['val_skill'] < first['val_skill'] - 0.02, 'the start helps'
+
+def test_a_frozen_encoder_stands_still_while_its_predictor_learns(turns_dir, tmp_path):
+    start(*encoder(turns_dir, tmp_path, *LEARN, '--freeze_encoder=True', '--max_iters=60')).end()
+    first, *_, last = evaluations(tmp_path / 'metrics.csv')
+    assert last['val_skill'] > first['val_skill'] + 0.02
+    kept, now = (lib.load_encoder(tmp_path / f'{name}.pt') for name in ('encoder_init', 'encoder'))
+    assert kept.fingerprint == now.fingerprint
+    assert kept.step < now.step
+    words, other = ['The river was wide .'], now.encode(['A door .'])
+    assert (kept.encode(words) == now.encode(words)).all()
+    assert abs(kept.roll(other, [(0, 1)]) - now.roll(other, [(0, 1)])).max() > 1e-3
 
 def test_collapse_is_told(turns_dir, tmp_path):
     """The published recipe without whitening goes the way it is known to go."""
