@@ -24,17 +24,14 @@ from conftest import ROOT
 
 import prepare
 
-
 def start(spec):
     """Give the process tiktoken's own encoder, nothing of ours."""
     global _encode
     library = prepare.Tokenizer(spec)._library if 'merges' in spec else tiktoken.get_encoding(spec['name'])
     _encode = library.encode_ordinary
 
-
 def tokenize(texts):
     return sum(len(_encode(text)) for text in texts)
-
 
 def tiktoken_alone(texts, spec, n):
     """Seconds to tokenize whole documents in n processes that are already up: what cannot be avoided."""
@@ -44,7 +41,6 @@ def tiktoken_alone(texts, spec, n):
         began = time.perf_counter()
         list(pool.imap_unordered(tokenize, groups))
         return time.perf_counter() - began
-
 
 def run(root, source, folder, n, tokenizer, watch=False):
     """Seconds that a checkout's prepare.py takes; and its peak memory in MB if watched, which slows it."""
@@ -59,13 +55,11 @@ def run(root, source, folder, n, tokenizer, watch=False):
     assert process.wait() == 0
     return time.perf_counter() - began, peak
 
-
 def resident(pid):
     """Resident MB of a process."""
     with contextlib.suppress(OSError), open(f'/proc/{pid}/statm') as f:
         return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
     return 0
-
 
 def main():
     parser = argparse.ArgumentParser()
@@ -112,7 +106,6 @@ def main():
         print(f'{row[0]:75} {row[1]}')
     with open(given.out, 'w', newline='') as f:
         csv.writer(f).writerows([('what', 'value'), *rows])
-
 
 if __name__ == '__main__':
     main()

@@ -22,7 +22,6 @@ import prepare
 SPLITTERS = {'split_sentences': prepare.split_sentences, 'sentencex': lambda t: sentencex.segment('en', t),
              'one-line regex': re.compile(r'(?<=[.!?])\s+(?=[A-Z])').split}
 
-
 def f1(split, path):
     """Of the boundaries within the paragraphs of a .conllu file, counted in letters."""
     paragraphs, right, both = [], 0, 0
@@ -37,12 +36,10 @@ def f1(split, path):
         right, both = right + 2 * len(a & b), both + len(a) + len(b)
     return round(right / both, 4)
 
-
 def golden(split, path):
     """How many of the golden rules in a .json file are held."""
     return sum([*map(prepare.clean, rule['sentences'])] == [*map(prepare.clean, split(rule['text']))]
                for rule in json.load(open(path)))
-
 
 def main():
     parser = argparse.ArgumentParser()
@@ -68,7 +65,6 @@ def main():
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
 
 if __name__ == '__main__':
     main()

@@ -31,17 +31,14 @@ from config.run import load_checkpoint
 BIBLE = ['prepare.py', '--dataset=web-bible', '--tokenizer=bpe:400', '--val_fraction=0.2', '--num_proc=2',
          '--max_sentence_tokens=60']
 
-
 def many(n, share):
     """That share of n, at least 1."""
     return max(1, round(n * share))
-
 
 def python(*command, **how):
     """A process of this Python in the repository's root; what it says comes in one stream."""
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, **how)
-
 
 def ended(process, code=0, says=''):
     """The last line of what the process said, once it has ended with `code`."""
@@ -50,13 +47,11 @@ def ended(process, code=0, says=''):
     assert says in said, said
     return (said.splitlines() or [''])[-1]
 
-
 def training(kind, work, out):
     """(Command, metrics) of a miniature run of 'encoder' or 'decoder'."""
     if kind == 'encoder':
         return encoder(f'{work}/data', out), f'{out}/metrics.csv'
     return decoder(out, f'--encoder_path={work}/out'), f'{out}/metrics_decoder.csv'
-
 
 def undisturbed(work):
     """Make `data` and `out`, an encoder and a decoder that ran straight through, in `work`; returns it."""
@@ -66,7 +61,6 @@ def undisturbed(work):
             start(*training(kind, work, f'{work}/out')[0]).end()
     return work
 
-
 def assert_same_run(kind, work, out, whole=''):
     """The run in `out` ended as the undisturbed one: checkpoints bit for bit, and rows of metrics."""
     whole = whole or f'{work}/out'
@@ -75,16 +69,13 @@ def assert_same_run(kind, work, out, whole=''):
     found, expected = (rows(training(kind, work, folder)[1]) for folder in (out, whole))
     assert [r for r in found if int(r['step']) % 5 == 0] == expected  # a stop has a row of its own
 
-
 def contents(folder):
     return {name: open(f'{folder}/{name}', 'rb').read() for name in os.listdir(folder)}
-
 
 def shards(folder):
     """{train shard: its inode and time} of a folder."""
     paths = glob.glob(f'{folder}/train_*.bin')
     return {path: (os.stat(path).st_ino, os.stat(path).st_mtime_ns) for path in paths}
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Kills, stops, going on
@@ -114,7 +105,6 @@ def kills_prepare(work, share):
     return [(f'prepare.py, {runs} runs of {len(shards(whole))} chunks', done,
              f'byte-identical to the undisturbed one; {kept} shards done before a kill kept their inode')]
 
-
 def kills_train(work, share):
     """As kills_prepare, of both training scripts, forked from a process that has imported torch."""
     rng, done, runs, most, length = random.Random(0), 0, 0, 0, 600.0
@@ -140,7 +130,6 @@ def kills_train(work, share):
     return [(f'training, {runs} runs, up to {most} kills each', done,
              'each ends bit-identical to the undisturbed one: checkpoints and rows of metrics')]
 
-
 def resume(work, share):
     """SIGTERM or Ctrl-C in the middle and the same command again, on one rank and on two."""
     found, straight = [], f'{undisturbed(work)}/out'
@@ -165,7 +154,6 @@ def resume(work, share):
         found.append((f'{kind}, ranks: {ranks}, signal {number} at step {stopped} of 40', 1,
                       'saved; then bit-identical checkpoints and the same rows of metrics'))
     return found
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Disk
@@ -194,13 +182,11 @@ def disk(work, share):
         assert contents(f'{work}/data') == contents(out)
     return [*found, ('prepare.py', len(sizes[:3]), 'later the same bytes: ' + ' / '.join(sorted(lines)))]
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Bad input
 
 NASTY = ['<|endoftext|>', '</s>', '\ud800', '\udfff x', '\0', '\x1c\x85\u2028', '\ufeff', '\u00a0', '👩‍👩‍👧',
          'é' * 50, '\n' * 50, 'x' * 5000, 'Mr. ', '. ' * 40, '…!?', '你好。', '\r\n', "'s", '\\ud800']
-
 
 def fuzz(work, share):
     """What nobody meant, as text and as settings. (test_prepare.py does so with files.)"""
@@ -246,11 +232,9 @@ def fuzz(work, share):
         found.append((check.__name__, many(n, share), 'as they should be'))
     return found
 
-
 # ------------------------------------------------------------------------------------------------------------
 
 PARTS = {f.__name__: f for f in (kills_prepare, kills_train, resume, disk, fuzz)}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
@@ -269,7 +253,6 @@ def main():
             kept = [r for r in kept if r[0] != name] + found
             with open(path, 'w', newline='') as f:
                 csv.writer(f, lineterminator='\n').writerows([('part', 'what', 'times', 'result'), *kept])
-
 
 if __name__ == '__main__':
     main()

@@ -21,7 +21,6 @@ configs:
 ---
 """
 
-
 def parquet(texts):
     """The bytes of a parquet file with some of FineWeb-Edu's columns."""
     n, out = len(texts), io.BytesIO()
@@ -29,7 +28,6 @@ def parquet(texts):
                       'language_score': [0.97] * n, 'token_count': [100] * n})
     pq.write_table(table, out, row_group_size=20)
     return out.getvalue()
-
 
 class Hub(ThreadingHTTPServer):
     """`files`: path in the repository to bytes. `failures`: how the first requests for a parquet file fail, a
@@ -44,7 +42,6 @@ class Hub(ThreadingHTTPServer):
 
     def __exit__(self, *_):
         self.shutdown()
-
 
 class Handler(BaseHTTPRequestHandler):
     """Repository information, file lists, and files with ranges."""

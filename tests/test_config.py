@@ -32,13 +32,11 @@ PATH = os.path.join(tempfile.mkdtemp(), 'script.py')
 with open(PATH, 'w') as f:
     f.write(SCRIPT)
 
-
 def names_of(script):
     """What a script assigns, constants alone, without running it; its file and name."""
     nodes = [n for n in ast.parse(open(script).read()).body if isinstance(n, ast.Assign)]
     values = {n.targets[0].id: n.value.value for n in nodes if isinstance(n.value, ast.Constant)}
     return values | {'__file__': script, '__name__': 'test', '__doc__': 'What it does.'}
-
 
 def given(*argv):
     """The settings that SCRIPT would have with these arguments."""
@@ -48,7 +46,6 @@ def given(*argv):
     assert {k: names[k] for k in settings} == settings, 'the bare names are the settings'
     return settings
 
-
 @pytest.mark.parametrize(('argument', 'value'), [
     ('--rate=0', 0.0), ('--steps=20', 20), ('--steps=1e3', 1000), ('--name=b', 'b'), ('--fast=false', False),
     ('--fast=0', False), ('--compile=True', True), ('--compile=auto', 'auto'), ('--rate=1e-2', 0.01)])
@@ -56,14 +53,12 @@ def test_values_keep_their_types(argument, value):
     found = given(argument)[argument[2:].split('=')[0]]
     assert (type(found), found) == (type(value), value)
 
-
 def test_presets_and_flags_apply_in_order(tmp_path):
     preset = tmp_path / 'p.py'
     preset.write_text('import math\n_half = 4\nsteps = 2 * _half\nrate = 0\ncompile = False\n')
     expected = {'rate': 0.3, 'steps': 8, 'name': 'a', 'fast': True, 'compile': False}
     assert given(preset, '--rate=0.3') == expected
     assert given('--rate=0.3', preset) == expected | {'rate': 0.0}
-
 
 @pytest.mark.parametrize(('argument', 'says'), [
     ('--stepz=1', "did you mean 'steps'"), ('--zzzzzzzz=1', '--help'), ('--other=1', 'unknown'),
@@ -80,7 +75,6 @@ def test_mistakes_are_named(tmp_path, argument, says):
     with pytest.raises((UserError, SystemExit), match=re.escape(says)):
         given(argument)
 
-
 @pytest.mark.parametrize(('arguments', 'code', 'says'), [
     (['--name=b'], 1, 'script.py: a mistake of two lines\n'), (['--steps=0'], 1, 'script.py: .*\n'),
     (['x\ny.py'], 1, 'script.py: .*\n'), (['--steps=7'], 130, 'script.py: interrupted\n'),
@@ -89,7 +83,6 @@ def test_a_mistake_is_a_line_and_a_bug_a_traceback(arguments, code, says):
     done = run(PATH, *arguments, check=False, PYTHONPATH=ROOT)
     assert (done.returncode, done.stdout) == (code, '')
     assert re.fullmatch(says, done.stderr)
-
 
 @pytest.mark.parametrize('script', ['prepare.py', 'train_encoder.py', 'train_decoder.py', 'evaluate.py'])
 def test_presets_fit_their_stage_and_no_other_and_help_shows_every_setting(script, capsys):

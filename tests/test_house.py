@@ -15,7 +15,6 @@ BELOW = {'config/__init__.py': set(), 'config/run.py': {'config'}, 'prepare.py':
          'model.py': {'config', 'prepare'}}  # the others: these and model
 FILES = {os.path.relpath(p, ROOT): open(p).read() for p in glob.glob(f'{ROOT}/**/*.py', recursive=True)}
 
-
 def n_tokens(path):
     """Tokens of Python, without comments, docstrings and newlines."""
     n, last, layout = 0, tokenize.NEWLINE, (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
@@ -25,13 +24,11 @@ def n_tokens(path):
             last = t.type
     return n
 
-
 def test_budgets():
     lines = {path: FILES[path].count('\n') for path in LINES}
     assert {path: n for path, n in lines.items() if n > LINES[path]} == {}
     assert sum(map(n_tokens, LINES)) <= 29_400
     assert sum(text.count('\n') for path, text in FILES.items() if path.startswith('tests')) <= 3400
-
 
 def test_lines_and_functions_fit_a_screen():
     for path, text in FILES.items():
@@ -39,7 +36,6 @@ def test_lines_and_functions_fit_a_screen():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f'{path}: {node.name}'
-
 
 def test_imports_run_one_way():
     own = {path.partition('/')[0].removesuffix('.py') for path in LINES}

@@ -30,7 +30,6 @@ HARD = ['Dr. Smith met J. R. Jones at 3.5 p.m. He said "Go." Then they left (lat
         'Plan B\u00a0. Then.', 'one, two; three: ' * 300]
 RANKS = ('-m', 'torch.distributed.run', '--nproc_per_node=2')
 
-
 @pytest.mark.parametrize('text', HARD)
 def test_split_and_cut_lose_only_white_space(text):
     parts = prepare.split_sentences(text)
@@ -41,11 +40,9 @@ def test_split_and_cut_lose_only_white_space(text):
     assert lengths.sum() == len(ids)
     assert all(0 < n <= 128 for n in lengths)
 
-
 def letters(texts):
     """A tokenizer of letters, for the cutting of long sentences."""
     return np.array(list(map(ord, ''.join(texts)))), np.array(list(map(len, texts)), int)
-
 
 @pytest.mark.parametrize('text', [
     'Dr. Smith paid 3.50 dollars.|He left.', '1. Wash the rice.|Then dry it.', 'A. Wash it.|B. Boil it.',
@@ -56,7 +53,6 @@ def test_split_knows_abbreviations_and_list_markers(text):
     assert prepare.split_sentences(text.replace('|', ' ')) == text.split('|')
     assert prepare.split_sentences('\ufeff' + text.replace('|', '\r\n')) == text.split('|')
 
-
 @pytest.mark.parametrize(('name', 'measure', 'bar'), [
     ('en_ewt-ud-dev.conllu', bench_split.f1, 0.871), ('en_gum-ud-dev.conllu', bench_split.f1, 0.963),
     ('pysbd_golden_rules_en.json', bench_split.golden, 44)])
@@ -65,12 +61,10 @@ def test_splitter_on_treebanks_and_golden_rules(name, measure, bar):
         pytest.skip('the treebanks are not beside the checkout')
     assert measure(prepare.split_sentences, path) >= bar
 
-
 def test_documents_together_are_as_documents_alone(texts):
     several = [*texts[:5], '', *HARD, ' ', *texts[5:100]]
     for text, document in zip(several, prepare.encode_documents(several, letters, 16)):
         assert all(map(np.array_equal, document, next(prepare.encode_documents([text], letters, 16))))
-
 
 def test_sentences_are_tokenized_each_on_its_own(corpus_dir, texts):
     """Many at once give what one at a time gives, also where an end of text stands in one of them."""
@@ -81,7 +75,6 @@ def test_sentences_are_tokenized_each_on_its_own(corpus_dir, texts):
     for some in (sentences, plain, ['a', '', 'b'], ['', ''], [' a', 'b '], ['\ud800', 'x'], []):
         assert [list(ids) for ids in encode(some)] == [list(encode([s])[0]) for s in some]
     assert list(encode(['\ufeffa\u00a0 b\r\n'])[0]) == list(encode(['a b'])[0])
-
 
 def test_faster_pattern_is_gpt2s(texts):
     """On folded text, any characters in it; with ranks of our own, as gpt2's would have to be downloaded."""
@@ -97,7 +90,6 @@ def test_faster_pattern_is_gpt2s(texts):
         folded = '\n'.join(prepare.split_sentences(text))
         assert ours.encode_ordinary(folded) == theirs.encode_ordinary(folded)
 
-
 def test_a_tokenizer_learns_from_training_documents_only(tmp_path, texts):
     secret = [t for t in (f'{t} Qxqzj qxqzj.' for t in texts) if prepare.uniform(t) < 0.2]
     told = [t for t in texts if prepare.uniform(t) >= 0.2]
@@ -109,10 +101,8 @@ def test_a_tokenizer_learns_from_training_documents_only(tmp_path, texts):
     done = prepared(tmp_path / 'b', 'a.jsonl', jsonl(['Привет, мир. Как дела?'] * 10), '--tokenizer=bpe:257')
     assert 'knows little' in done.stdout
 
-
 def jsonl(texts):
     return ''.join(json.dumps({'text': t}) + '\n' for t in texts).encode()
-
 
 def prepared(folder, name, content, *arguments, check=True, **environment):
     """Run prepare.py on a file of this content, to folder/out."""
@@ -120,7 +110,6 @@ def prepared(folder, name, content, *arguments, check=True, **environment):
     (folder / name).write_bytes(content)
     return run('prepare.py', f'--dataset={folder / name}', f'--data_dir={folder}/out', '--tokenizer=bpe:300',
                '--num_proc=1', *arguments, check=check, **environment)
-
 
 def documents_of(folder):
     """The documents of both splits as text."""
@@ -131,13 +120,11 @@ def documents_of(folder):
     return sorted(' '.join(map(corpus.tokenizer.decode, corpus.document(d)))
                   for corpus in corpora for d in range(corpus.n_documents))
 
-
 def refused(done, *says):
     """It ended with one line that says so, without a traceback."""
     assert done.returncode == 1
     assert all(part in done.stderr.splitlines()[-1] for part in says), done.stderr
     assert 'Traceback' not in done.stderr
-
 
 def test_readers_agree(tmp_path, texts):
     import pyarrow.parquet
@@ -159,7 +146,6 @@ def test_readers_agree(tmp_path, texts):
         read = prepare.read_file(str(tmp_path / name), 'text', separators.get(name, ''))
         assert [t.strip() for t in read] == texts, name
 
-
 @pytest.mark.parametrize(('name', 'content', 'says'), [
     ('a.jsonl', b'{"body": "x", "n": 1}', 'body (str), n'), ('a.jsonl', b'{"text": ["x"]}', 'text (list)'),
     ('a.jsonl', b'{"text": "x"}\n{"text": "x"\n', 'line 2'), ('a.jsonl', b'[1, 2]\n', 'line 1'),
@@ -169,7 +155,6 @@ def test_readers_agree(tmp_path, texts):
 def test_an_unreadable_source_is_one_line(tmp_path, name, content, says):
     refused(prepared(tmp_path, name, content, check=False), name, says)
     assert not (tmp_path / 'out' / 'done').exists()
-
 
 @pytest.mark.parametrize(('argument', 'says'), [
     ('--tokenizer=gtp2', "'bpe:8192'"), ('--tokenizer=bpe:99', 'bpe:8192'), ('--val_fraction=1', 'fraction'),
@@ -182,7 +167,6 @@ def test_a_refused_setting_leaves_no_folder_behind(tmp_path, argument, says):
     refused(prepared(tmp_path, 'a.jsonl', jsonl(['One.']), *more, check=False, **environment), says)
     assert not (tmp_path / 'out').exists()
 
-
 def test_what_is_left_out_or_replaced_is_counted(tmp_path):
     """A lone surrogate, bytes that are not UTF-8, records without text, a document without a sentence."""
     lines = [b'{"text": "One \\ud800 here. Two."}', b'{"text": "Thr\xffee. Four."}', b'{"text": null}',
@@ -194,7 +178,6 @@ def test_what_is_left_out_or_replaced_is_counted(tmp_path):
     run('prepare.py', *again, HOME=str(tmp_path))
     assert len(documents_of(tmp_path / 'ho me')) == 2
 
-
 @settings(max_examples=300, deadline=None)
 @given(strategies.text(), strategies.binary(max_size=40), strategies.sampled_from(['', '\n\n', 'ab']))
 def test_any_text_and_bytes_are_read(tmp_path_factory, text, content, separator):
@@ -204,9 +187,7 @@ def test_any_text_and_bytes_are_read(tmp_path_factory, text, content, separator)
     path.write_bytes(content)
     assert all(isinstance(t, str) for t in prepare.read_file(str(path), 'text', separator))
 
-
 HUB_TEXTS = [f'Document {i} begins here. It says {i * 7}. Then it ends.' for i in range(500)]
-
 
 @pytest.fixture
 def from_hub(tmp_path):
@@ -223,7 +204,6 @@ def from_hub(tmp_path):
                        PYTHONPATH=str(tmp_path), **more)
         yield server, prepare_from
 
-
 @pytest.mark.parametrize('failures', [(), (500, 429, 'drop', 'stall', 500)])
 def test_fineweb_edu_is_streamed_from_the_hub(tmp_path, from_hub, failures):
     """The defaults, on the routes that the hub's client asks; also when some requests fail first."""
@@ -234,7 +214,6 @@ def test_fineweb_edu_is_streamed_from_the_hub(tmp_path, from_hub, failures):
     assert not any('data/CC' in path and 'resolve' in path for path in server.asked), 'sample-10BT only'
     assert documents_of(tmp_path / 'out') == sorted(HUB_TEXTS)
     assert {name[:6] for name in os.listdir(tmp_path / 'out')} == {'meta.j', 'done', 'train_', 'val_00'}
-
 
 def test_a_hub_that_was_lost_is_read_on_from_there(tmp_path, from_hub):
     server, prepare_from = from_hub
@@ -248,12 +227,10 @@ def test_a_hub_that_was_lost_is_read_on_from_there(tmp_path, from_hub):
     assert documents_of(tmp_path / 'out') == sorted(HUB_TEXTS[:480])
     assert before.items() < shards(tmp_path / 'out').items()
 
-
 def test_ranks_share_a_stream_and_its_limit(tmp_path, from_hub):
     from_hub[1]('--max_docs=99', before=(*RANKS, f'--master_port={free_port()}'))
     assert len(documents_of(tmp_path / 'out')) == 99
     assert set(documents_of(tmp_path / 'out')) < set(HUB_TEXTS)
-
 
 @pytest.mark.parametrize(('argument', 'says'), [
     ('--text_column=body', 'language_score'), ('--dataset_config=10T', 'sample-10B'), ('--dataset=a/b', '')])
@@ -261,14 +238,11 @@ def test_a_mistake_about_the_hub_is_named(tmp_path, from_hub, argument, says):
     refused(from_hub[1](argument, check=False), says, argument.split('=')[0])
     assert not (tmp_path / 'out').exists()
 
-
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != 'meta.json'}
 
-
 def shards(folder):
     return {p.name: p.stat().st_ino for p in folder.glob('train_*.bin')}
-
 
 def test_round_trip_whatever_the_processes_and_ranks(tmp_path, texts):
     arguments = ['--val_fraction=0.2', '--shard_tokens=2000']
@@ -279,7 +253,6 @@ def test_round_trip_whatever_the_processes_and_ranks(tmp_path, texts):
     run(*RANKS, f'--master_port={free_port()}', 'prepare.py', f'--dataset={tmp_path}/a.jsonl', *arguments,
         '--tokenizer=bpe:300', f'--data_dir={tmp_path}/ranks')
     assert contents(tmp_path / 'out') == contents(tmp_path / 'two') == contents(tmp_path / 'ranks')
-
 
 def test_a_set_is_gone_on_with_by_the_same_command_only(tmp_path, texts):
     prepared(tmp_path, 'a.jsonl', jsonl(texts))
@@ -299,7 +272,6 @@ def test_a_set_is_gone_on_with_by_the_same_command_only(tmp_path, texts):
     with pytest.raises(UserError, match='--data_dir'):
         prepare.Corpus(str(tmp_path / 'nowhere'), 'train')
 
-
 @pytest.fixture
 def many(tmp_path):
     """A folder, and a function that begins to prepare some 370 chunks to its subfolder; it takes seconds."""
@@ -312,7 +284,6 @@ def many(tmp_path):
             cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return tmp_path, begin
 
-
 def workers_of(pid):
     """The processes that work for prepare.py's process."""
     with contextlib.suppress(OSError):
@@ -320,13 +291,11 @@ def workers_of(pid):
         return [int(p) for p in children if 'spawn_main' in open(f'/proc/{p}/cmdline').read()]
     return []
 
-
 def wait_until(condition, seconds=60):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end
         time.sleep(0.01)
-
 
 def test_kills_at_any_moment(many):
     """The same command again goes on: the same bytes as unbroken, and no finished shard is written twice."""
@@ -349,7 +318,6 @@ def test_kills_at_any_moment(many):
     assert before.items() <= shards(out).items()
     assert contents(out) == contents(folder / 'whole')
 
-
 @pytest.mark.parametrize(('number', 'code'), [(15, 143), (2, 130), (9, 1)])
 def test_signals_and_killed_workers(many, number, code):
     """SIGTERM or Ctrl-C to the whole group, or a worker killed for want of memory: promptly, one line."""
@@ -367,7 +335,6 @@ def test_signals_and_killed_workers(many, number, code):
     assert ('--num_proc' in said) == (code == 1)
     assert 'Traceback' not in said
     wait_until(lambda: not any(os.path.exists(f'/proc/{p}') for p in working), 10)
-
 
 def test_an_epoch_reads_almost_every_sentence_of_the_demo_once(tmp_path):
     assert len(list(prepare.read_bible())) == 1189
@@ -387,7 +354,6 @@ def test_an_epoch_reads_almost_every_sentence_of_the_demo_once(tmp_path):
         assert read <= disk
         assert read.total() >= 0.96 * disk.total()
     assert len(firsts) == 2  # another order in another epoch
-
 
 @pytest.mark.parametrize('split', ['train', 'val'])
 @pytest.mark.parametrize('packing', [(64, 8, 0), (128, 5, 0), (128, 16, 2), (10**5, 900, 1)])
@@ -418,7 +384,6 @@ def test_rows_are_as_designed(corpus_dir, split, packing):
         assert batch['sentence'][0].tolist() == sentence + [-1] * (block_size - len(tokens))
         assert batch['document'][0].tolist() == [d for d, _ in row] + [-1] * (columns - len(row))
 
-
 def test_batches_are_pure_and_micro_batches_share_rows(corpus_dir):
     one, two = prepare.Corpus(corpus_dir, 'train'), prepare.Corpus(corpus_dir, 'train')
     late = two.batch(7, 0, 1, 4, 128, 16)  # asked for first, out of order
@@ -434,7 +399,6 @@ def test_batches_are_pure_and_micro_batches_share_rows(corpus_dir):
     assert 100 <= one.token_counts(100).sum() < len(every)
     with pytest.raises(UserError, match='block_size=8 is too small'):
         one.batch(0, 0, 1, 1, 8, 4)
-
 
 def test_ten_billion_tokens_in_thousands_of_shards(tmp_path):
     """3,000 sparse shards, links to one file: the first batch within two seconds, and few files open."""
@@ -461,7 +425,6 @@ def test_ten_billion_tokens_in_thousands_of_shards(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     assert corpus.n_tokens > 9.9e9
     assert len(np.unique(np.concatenate(seen) // len(sizes))) > 2000  # of 3,000 shards
-
 
 @pytest.mark.parametrize(('name', 'more'), [('split', []), ('prepare', ['--megabytes=1', '--num_proc=1'])])
 def test_the_benchmarks_run(tmp_path, name, more):

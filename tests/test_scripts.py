@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prepare import Corpus
 
-
 def table(path):
     with open(path, newline='') as f:
         return list(csv.DictReader(f))
