@@ -24,6 +24,7 @@ from conftest import ROOT
 
 import prepare
 
+
 def start(spec):
     """Give the process tiktoken's own encoder, nothing of ours."""
     global _encode

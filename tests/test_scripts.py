@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prepare import Corpus
 
+
 def table(path):
     with open(path, newline='') as f:
         return list(csv.DictReader(f))
