@@ -870,8 +870,10 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 # What other programs use: text in, arrays or text out
 
 def is_sequence(x):
-    """Whether x holds items to go through: no text, no record, no data frame, which gives its columns."""
-    return isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping)) and not hasattr(x, 'columns')
+    """Whether x holds items to go through: no text or record, no array of no dimension, no data frame, which
+    gives its columns."""
+    return (isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping)) and not hasattr(x, 'columns')
+            and getattr(x, 'ndim', 1) > 0)
 
 def as_texts(given, name):
     """A list of str from a str, any iterable of str, or {'text': str or list} as MTEB and datasets give it.

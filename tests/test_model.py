@@ -491,7 +491,8 @@ def test_texts_come_in_any_sequence(encoder, kind):
     (None, 'NoneType'), (3, 'int'), (b'He.', 'bytes'), (pd.DataFrame({'text': ['He went.']}), 'DataFrame'),
     (['a', None], r'\[1\]'), (['a', math.nan], r'\[1\]'), ([b'He.'], r'\[0\]'), (['a', ['b']], r'\[1\]'),
     ([['a'], 'b'], r'\[0\]'), ({'label': ['a']}, 'dict'), ({'text': ['a', 1]}, r"\['text'\]\[1\]"),
-    ([{'text': None}], r"\[0\]\['text'\]"), (np.zeros((2, 3)), r'\[0\]')], ids=lambda x: repr(x)[:20])
+    ([{'text': None}], r"\[0\]\['text'\]"), (np.zeros((2, 3)), r'\[0\]'), (np.array('He.'), 'ndarray'),
+    (torch.zeros(2), r'\[0\]')], ids=lambda x: repr(x)[:20])
 def test_what_is_no_text_is_refused_by_its_place(encoder, wrong, place):
     for read in (encoder.encode, encoder.predict_next):
         with pytest.raises(UserError, match=f'^sentences.*{place}'):
