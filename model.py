@@ -1066,7 +1066,7 @@ class ConceptDecoder:
         net, width, eos = self.model, self.model.config.concept_dim, self.model.config.eos
         try:
             concepts = torch.from_numpy(np.atleast_2d(np.asarray(concepts, dtype=np.float32)))
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # numpy and torch raise several kinds
             raise UserError(f'concepts: expected numbers, (n, {width}): {error}') from None
         if concepts.shape[1:] != (width,) or not concepts.isfinite().all():
             raise UserError(f'concepts {tuple(concepts.shape)}: expected finite numbers, (n, {width})')

@@ -514,7 +514,8 @@ def test_arguments_that_mean_nothing_are_refused(encoder):
     writer, c = lib.ConceptDecoder(decoder(), encoder.tokenizer), encoder.encode(SENTENCES)
     refused = [(encoder.encode, (SENTENCES, size), 'batch_size') for size in (0, -1)]
     refused += [(encoder.predict_next, (nothing,), 'at least one') for nothing in ([], [[]], [['a'], []])]
-    wrong = c[:, :31], c[None], np.full((2, 32), np.nan), [['a'] * 32], 'He went.', None
+    wrong = c[:, :31], c[None], np.full((2, 32), np.nan), [['a'] * 32], [[10**400] * 32], 'He went.', None
+    wrong += (torch.from_numpy(c).requires_grad_(),)
     refused += [(writer.generate, (concepts,), 'concepts') for concepts in wrong]
     refused += [(writer.generate, (c, *how), 'expected') for how in (
         (-1,), (math.nan,), (1, -1), (1, 0, 0), (1, 0, 1.5), (1, 0, 1, 0), (1, 0, 1, -3), (1, 0, 1, 9, 0))]
