@@ -254,7 +254,7 @@ def read_json(lines, path):
     for number, line in enumerate(lines, 1):
         if line.strip():
             with as_user_error(f'read {path}, line {number}', 'expected an object such as {"text": "..."}'):
-                yield dict(json.loads(line))
+                yield {**json.loads(line)}  # TypeError where it is a list or text
 
 def texts_of(records, column, place, look=100):
     """record[column] where it is a str, else ''. Raises UserError where none of the first has one."""

@@ -148,7 +148,7 @@ def test_readers_agree(tmp_path, texts):
 
 @pytest.mark.parametrize(('name', 'content', 'says'), [
     ('a.jsonl', b'{"body": "x", "n": 1}', 'body (str), n'), ('a.jsonl', b'{"text": ["x"]}', 'text (list)'),
-    ('a.jsonl', b'{"text": "x"}\n{"text": "x"\n', 'line 2'), ('a.jsonl', b'[1, 2]\n', 'line 1'),
+    ('a.jsonl', b'{"text": "x"}\n{"text": "x"\n', 'line 2'), ('a.jsonl', b'["ab", "cd"]\n', 'line 1'),
     ('a.txt', b' \n\n', 'no sentence'), ('a.txt.gz', b'not', 'gzip'), ('a.jsonl.zst', b'not', 'zst'),
     ('a.jsonl.xz', lzma.compress(b'{"text": "x"}\n' * 99)[:-30], 'xz'), ('a.doc', b'x', 'expected .txt'),
     ('a.parquet', b'PAR1 cut short', 'parquet'), ('[a].parquet', hub.parquet([])[:-9], 'parquet')])
