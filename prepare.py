@@ -76,7 +76,7 @@ def as_user_error(action, advice):
 
 CLAUSE, SPACE = re.compile(r'(?<=[,;:،、，；：—–)\]])\s+'), re.compile(r'\s+')
 # Where sentencex splits and should not: after a list item's marker; in 'Fig. 3', 'et al. [2004]'; after ']'
-NO_END = re.compile(r'(?:^\(?(?:\d{1,3}(?:\.\d{1,3}){0,3}|[A-Za-z]|[IVXLC]+|[ivxlc]+)[.)]'
+NO_END = re.compile(r'(?:^(?:[-*•>#]+ )?\(?(?:\d{1,3}(?:\.\d{1,3}){0,3}|[A-Za-z]|[IVXLC]+|[ivxlc]+)[.)]'
                     r'|\b(?:et al|[Ee]qs?|[Ff]igs?|[Rr]efs?|[Ss]ecs?)\.(?=\n[\d(\[])|\](?=\n[a-z]))\n')
 
 def clean(text: str) -> str:

@@ -47,8 +47,8 @@ def letters(texts):
 @pytest.mark.parametrize('text', [
     'Dr. Smith paid 3.50 dollars.|He left.', '1. Wash the rice.|Then dry it.', 'A. Wash it.|B. Boil it.',
     'II. The second part.|It goes on.', '1.1. Introduction here.', '1) Wash.|2) Boil it.', 'Plan B.|We go.',
-    'See Eq. 4 and Fig. (2) for it.|It holds.', 'Smith et al. [2004] showed this.|We agree.',
-    'It cost 1026.253.553.|That is much.'])
+    '- 1. Wash it.|Boil it.', '## 2. The rice', 'See Eq. 4 and Fig. (2) for it.|It holds.',
+    'Smith et al. [2004] showed this.|We agree.', 'It cost 1026.253.553.|That is much.'])
 def test_split_knows_abbreviations_and_list_markers(text):
     assert prepare.split_sentences(text.replace('|', ' ')) == text.split('|')
     assert prepare.split_sentences('\ufeff' + text.replace('|', '\r\n')) == text.split('|')
