@@ -81,7 +81,7 @@ NO_END = re.compile(r'(?:^(?:[-*•>#]+ )?\(?(?:\d{1,3}(?:\.\d{1,3}){0,3}|[A-Za-
 
 def clean(text: str) -> str:
     """`text` with white space folded to single spaces, a leading BOM dropped, and '?' for lone surrogates."""
-    return ' '.join(text.encode('utf-8', 'replace').decode('utf-8-sig').split())
+    return ' '.join(text.encode('utf-8', 'replace').decode().split()).lstrip('\ufeff ')
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of `text`, none empty, each as `clean` leaves it. A line break ends a sentence."""
