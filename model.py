@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from config import UserError
 from config.run import autocast, load_checkpoint, pick_device
-from prepare import load_tokenizer
+from prepare import clean, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------
 # Masks: who sees whom
@@ -889,7 +889,7 @@ def as_texts(given, name):
     texts = []
     for i, item in enumerate(given):
         if not isinstance(item, (str, Mapping)):
-            raise UserError(f'{name}[{i}] is {item!r:.40}: expected a str')
+            raise UserError(f'{name}[{i}] is {clean(repr(item)):.40}: expected a str')
         texts += as_texts(item, f'{name}[{i}]')
     return texts
 

@@ -492,10 +492,10 @@ def test_texts_come_in_any_sequence(encoder, kind):
     (['a', None], r'\[1\]'), (['a', math.nan], r'\[1\]'), ([b'He.'], r'\[0\]'), (['a', ['b']], r'\[1\]'),
     ([['a'], 'b'], r'\[0\]'), ({'label': ['a']}, 'dict'), ({'text': ['a', 1]}, r"\['text'\]\[1\]"),
     ([{'text': None}], r"\[0\]\['text'\]"), (np.zeros((2, 3)), r'\[0\]'), (np.array('He.'), 'ndarray'),
-    (torch.zeros(2), r'\[0\]')], ids=lambda x: repr(x)[:20])
+    (torch.zeros(2), r'\[0\]'), ([np.zeros((2, 2))], r'\[0\]')], ids=lambda x: repr(x)[:20])
 def test_what_is_no_text_is_refused_by_its_place(encoder, wrong, place):
     for read in (encoder.encode, encoder.predict_next):
-        with pytest.raises(UserError, match=f'^sentences.*{place}'):
+        with pytest.raises(UserError, match=f'^sentences.*{place}.*str$'):
             read(wrong)
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
