@@ -251,7 +251,7 @@ def judge_encoder(name):
     if name:
         with as_user_error(f'load --judge={name}', 'it takes a folder of sentence-transformers'):
             from sentence_transformers import SentenceTransformer
-            return SentenceTransformer(os.path.expanduser(name), device='cpu').encode
+            return SentenceTransformer(name, device='cpu').encode
 
 def load(path, folder):
     """{'model', 'step 0' if it was kept: (encoder, decoder or None)}, and a language model or None.

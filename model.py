@@ -21,7 +21,7 @@ vocabulary. A row comes from prepare.Corpus: `tokens` (B, T), `sentence` (B, T) 
 import copy
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -1065,6 +1065,7 @@ class ConceptDecoder:
         """
         net, width, eos = self.model, self.model.config.concept_dim, self.model.config.eos
         try:
+            concepts = list(concepts) if isinstance(concepts, Iterator) else concepts
             concepts = torch.from_numpy(np.atleast_2d(np.asarray(concepts, dtype=np.float32)))
         except Exception as error:  # numpy and torch raise several kinds
             raise UserError(f'concepts: expected numbers, (n, {width}): {error}') from None

@@ -243,8 +243,8 @@ def read_file(path, column, separator):
         elif not separator:
             yield from lines
         else:
-            rest, separator = '', re.sub(r'\r|\\r', '', separator).replace('\\n', '\n')
-            while block := ''.join(f'{line.rstrip()}\n' for line in lines.readlines(1 << 20)):
+            rest, blank, separator = '', ' \t\u00a0\n', re.sub(r'\r|\\r', '', separator).replace('\\n', '\n')
+            while block := ''.join(f'{line.rstrip(blank)}\n' for line in lines.readlines(1 << 20)):
                 *parts, rest = (rest + block).split(separator)
                 yield from parts
             yield rest
@@ -292,7 +292,6 @@ def read_hub(s, place, rank, world_size):
 
 def local_files(name) -> list[str]:
     """The files of a path or glob; none for the embedded text and a name on the hub."""
-    name = os.path.expanduser(name)
     names = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
     return sorted(filter(os.path.isfile, names))
 
@@ -380,7 +379,7 @@ def begin(s, path, rank, world_size) -> dict:
 def prepare(s):
     """Write the data set that the settings ask for, or go on with one that was begun."""
     rank, world_size, _ = ranks()
-    path = functools.partial(os.path.join, os.path.expanduser(s['data_dir']))
+    path = functools.partial(os.path.join, s['data_dir'])
     meta = begin(s, path, rank, world_size)
     if os.path.exists(path('done')):
         print(f"{s['data_dir']} is complete already: for other text remove it, or choose another --data_dir")

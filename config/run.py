@@ -22,9 +22,9 @@ from config import UserError, ranks, write_file
 
 FORMAT = 7  # of checkpoints
 
-def pick_device(name: str) -> str:
-    """The device that --device names; auto: cuda where there is one. Raises UserError for one not there."""
-    name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
+def pick_device(name: str | None) -> str:
+    """The device called `name`; 'auto' or None: cuda where there is one. Raises UserError without it."""
+    name = ('cuda' if torch.cuda.is_available() else 'cpu') if name in ('auto', None) else name
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -339,6 +339,7 @@ def save_checkpoint(path: str, state: dict):
 
 def load_checkpoint(path: str, kind: str) -> dict:
     """The checkpoint of `kind` at `path`, or in that out_dir, on the CPU. Raises UserError: what to do."""
+    path = os.path.expanduser(path)
     path = os.path.join(path, f'{kind}.pt') if os.path.isdir(path) else path
     if not os.path.exists(path):
         script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'

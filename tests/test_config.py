@@ -19,6 +19,7 @@ steps = 10
 name = 'a'  # or b
 fast = True
 compile = 'auto'  # or True
+folder = 'out'
 settings = override(globals(), positive=('steps',), shares=('rate',), choices={'name': ('a', 'b'),
                     'compile': ('auto', True, False)})
 # ---------
@@ -48,7 +49,8 @@ def given(*argv):
 
 @pytest.mark.parametrize(('argument', 'value'), [
     ('--rate=0', 0.0), ('--steps=20', 20), ('--steps=1e3', 1000), ('--name=b', 'b'), ('--fast=false', False),
-    ('--fast=0', False), ('--compile=True', True), ('--compile=auto', 'auto'), ('--rate=1e-2', 0.01)])
+    ('--fast=0', False), ('--compile=True', True), ('--compile=auto', 'auto'), ('--rate=1e-2', 0.01),
+    ('--folder=~/a b', os.path.expanduser('~/a b')), ('--folder=a~/b', 'a~/b')])
 def test_values_keep_their_types(argument, value):
     found = given(argument)[argument[2:].split('=')[0]]
     assert (type(found), found) == (type(value), value)
@@ -56,7 +58,7 @@ def test_values_keep_their_types(argument, value):
 def test_presets_and_flags_apply_in_order(tmp_path):
     preset = tmp_path / 'p.py'
     preset.write_text('import math\n_half = 4\nsteps = 2 * _half\nrate = 0\ncompile = False\n')
-    expected = {'rate': 0.3, 'steps': 8, 'name': 'a', 'fast': True, 'compile': False}
+    expected = {'rate': 0.3, 'steps': 8, 'name': 'a', 'fast': True, 'compile': False, 'folder': 'out'}
     assert given(preset, '--rate=0.3') == expected
     assert given('--rate=0.3', preset) == expected | {'rate': 0.0}
 

@@ -540,9 +540,10 @@ def saved(corpus, tmp_path):
             'tokenizer': corpus.meta['tokenizer'], 'settings': {'seed': 1}, 'step': 7})
     return tmp_path
 
-def test_loading(saved):
-    for path in (saved, str(saved / 'encoder.pt')):
-        loaded = lib.load_encoder(path)
+def test_loading(saved, monkeypatch):
+    monkeypatch.setenv('HOME', str(saved))
+    for path in (saved, str(saved / 'encoder.pt'), '~/encoder.pt'):
+        loaded = lib.load_encoder(path, device=None)
         assert (loaded.step, loaded.settings, loaded.fingerprint) == (7, {'seed': 1}, jepa().fingerprint())
     for kind in ('decoder', 'language_model'):
         writer = lib.load_decoder(saved, kind=kind)

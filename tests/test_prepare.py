@@ -137,8 +137,9 @@ def test_readers_agree(tmp_path, texts):
     with contextlib.suppress(ImportError):  # optional: see tests/requirements.txt
         from backports import zstd
         files['f.jsonl.zst'] = zstd.compress(lines)
-    separators = {'j.txt': '<sep>', 'k.txt': '\\n\\n', 'l.txt': '\r\n\\r\\n'}
-    for name, between in (('j.txt', '<sep>'), ('k.txt', '\n \t\n'), ('l.txt', '\r\n \r\n')):
+    separators = {'j.txt': '<sep>', 'k.txt': '\\n\\n', 'l.txt': '\r\n\\r\\n', 'm.txt': '\f'}
+    for name, between in (('j.txt', '<sep>'), ('k.txt', '\n \t\n'), ('l.txt', '\r\n \r\n'),
+                          ('m.txt', '\f\n')):
         files[name] = between.join(texts).encode()
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
