@@ -60,7 +60,7 @@ whiten_interval = 10  # steps between recomputations of C^-1/2
 # optimizer: AdamW
 learning_rate = 6e-4
 embedding_lr_scale = 10.0  # token embeddings from scratch learn so many times as fast
-predictor_lr_scale = 0.1  # the predictor, so many
+predictor_lr_scale = 0.3  # the predictor, so many: at 1 it forgets more of what retrieves a sentence
 max_iters = 100_000
 weight_decay = 0.05  # on a half cosine to weight_decay_end
 weight_decay_end = 0.05

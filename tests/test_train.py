@@ -115,7 +115,7 @@ def test_changed_settings_are_told_and_taken(copied, corpus_dir):
     assert 'batch_size' not in said
     state = load_checkpoint(copied, 'encoder')
     groups = state['optimizer']['param_groups']
-    assert {(g['scale'], *g['betas']) for g in groups} == {(scale, 0.8, 0.95) for scale in (7.0, 1.0, 0.1)}
+    assert {(g['scale'], *g['betas']) for g in groups} == {(scale, 0.8, 0.95) for scale in (7.0, 1.0, 0.3)}
     assert (state['settings']['seed'], state['step'], state['config']['dropout']) == (7, 42, 0.2)
 
 def test_the_weights_of_step_0_are_kept(corpus_dir, tmp_path):
