@@ -825,11 +825,12 @@ class Decoder(nn.Module):
         return HeadCrossEntropy.apply(x, self.embedding.weight, target, counted, torch.is_grad_enabled())
 
     @torch.inference_mode()
-    def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    def generate(self, concepts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0, generator=None,
+                 no_repeat_ngram_size=2):
         """Token ids (n, at most max_tokens) of concepts (n, concept_dim), eos and what follows it included.
 
         temperature 0 takes the likeliest token; otherwise samples, among the top_k likeliest (0: all) and the
-        likeliest that make up top_p of the probability.
+        likeliest that make up top_p of the probability. No n-gram of no_repeat_ngram_size tokens comes twice.
         """
         config, n, device = self.config, len(concepts), concepts.device
         x, direct, confidence = self.read_concepts(concepts)
@@ -845,6 +846,7 @@ class Decoder(nn.Module):
             x = self.blocks(x, mask, caches, length)
             state = self.norm(x[:, -1]) + confidence * (direct - self.emitted_gain * emitted_sum)
             logits = F.linear(state, self.embedding.weight).float()
+            ban_repeats(logits, out[:, :i], no_repeat_ngram_size)
             token = sample(logits, temperature, top_k, top_p, generator)
             out[:, i], done = token, done | (token == config.eos)
             if done.all():
@@ -852,6 +854,14 @@ class Decoder(nn.Module):
             emitted_sum, length, mask = emitted_sum + self.token_vectors(token), length + x.shape[1], None
             x = self.embedding(token)[:, None]
         return out
+
+def ban_repeats(logits, written, size):
+    """Set to -inf the logits (n, V) of tokens that would repeat an n-gram of `size` of written (n, i)."""
+    if 0 < size <= written.shape[1]:
+        grams = written.unfold(1, size, 1)  # (n, i - size + 1, size)
+        newest = written[:, None, written.shape[1] - size + 1:]
+        row, place = (grams[..., :-1] == newest).all(-1).nonzero(as_tuple=True)
+        logits[row, grams[row, place, -1]] = -torch.inf
 
 def sample(logits, temperature, top_k, top_p, generator=None):
     """One token id a row of logits (n, V); see Decoder.generate."""
@@ -1056,12 +1066,14 @@ class ConceptDecoder:
         self.model = decoder.eval().to(self.device)
         self.autocast = autocast(self.device, dtype)
 
-    def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0):
+    def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0,
+                 no_repeat_ngram_size=2):
         """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same
         samples.
 
         A concept's length is how sure it is: that of `encode` is 1, that of `predict_next` less; of 0,
-        anything is written. Raises UserError on a wrong shape or value.
+        anything is written. No n-gram of no_repeat_ngram_size tokens comes twice in a sentence; 0: any may.
+        Raises UserError on a wrong shape or value.
         """
         net, width, eos = self.model, self.model.config.concept_dim, self.model.config.eos
         try:
@@ -1071,13 +1083,15 @@ class ConceptDecoder:
             raise UserError(f'concepts: expected numbers, (n, {width}): {error}') from None
         if concepts.shape[1:] != (width,) or not concepts.isfinite().all():
             raise UserError(f'concepts {tuple(concepts.shape)}: expected finite numbers, (n, {width})')
-        if not (min(temperature, top_k, max_tokens - 1, batch_size - 1) >= 0 < top_p <= 1):  # nor NaN
+        least = min(temperature, top_k, max_tokens - 1, batch_size - 1, no_repeat_ngram_size)
+        if not (least >= 0 < top_p <= 1):  # nor NaN
             raise UserError('expected temperature and top_k of 0 or more, top_p above 0 and at most 1, '
                             'max_tokens and batch_size of 1 or more')
         generator, texts = torch.Generator(self.device).manual_seed(seed), []
         for part in concepts.split(batch_size) if len(concepts) else ():
             with self.autocast:
-                ids = net.generate(part.to(self.device), max_tokens, temperature, top_k, top_p, generator)
+                ids = net.generate(part.to(self.device), max_tokens, temperature, top_k, top_p, generator,
+                                   no_repeat_ngram_size)
             for row in ids.tolist():
                 texts.append(self.tokenizer.decode(row[:row.index(eos)] if eos in row else row))
         return texts

@@ -345,17 +345,22 @@ def test_a_decoder_starts_with_the_words_of_a_concept(corpus, width):
     given, another = (writer.nll(sentences, c) for c in (concepts, np.roll(concepts, 100, 0)))
     assert (given < another).mean() > 0.7
 
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
-def test_generation_with_a_cache_equals_reading_it_all_again(temperature):
+@pytest.mark.parametrize(('temperature', 'size'), [(0.0, 0), (0.0, 1), (0.0, 2), (1.0, 3)])
+def test_generation_with_a_cache_equals_reading_it_all_again(temperature, size):
     net, concepts, how = decoder(), lib.unit(torch.randn(5, 32)), (temperature, 50, 0.9)
-    found = net.generate(concepts, 20, *how, torch.Generator().manual_seed(4))
+    found = net.generate(concepts, 20, *how, torch.Generator().manual_seed(4), size)
     ids, generator = torch.zeros(5, 0, dtype=torch.long), torch.Generator().manual_seed(4)
     for _ in range(found.shape[1]):
         tokens = F.pad(ids, (net.config.n_prefix, 0))
         sentence = torch.zeros_like(tokens)
         with torch.no_grad():
             x = net.states(tokens, sentence, concepts[:, None], causal(sentence))[0][:, -1]
-            ids = torch.cat((ids, lib.sample(x @ net.embedding.weight.T, *how, generator)[:, None]), 1)
+        logits = (x @ net.embedding.weight.T).detach()
+        for row, written in zip(logits, ids.tolist()):
+            for i in range(len(written) - size + 1 if size else 0):  # what would repeat the n-gram from i on
+                if written[i:i + size - 1] == written[len(written) - size + 1:]:
+                    row[written[i + size - 1]] = -torch.inf
+        ids = torch.cat((ids, lib.sample(logits, *how, generator)[:, None]), 1)
     assert torch.equal(found, ids)
     assert found.unique().numel() > 3
 
