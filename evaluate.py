@@ -43,7 +43,7 @@ max_generated = 200  # sentences written for BLEU, ROUGE and chrF
 max_scored = 400  # sentences scored for information
 sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
 judge = ''  # folder or name of a sentence-transformers model that compares what was written with the truth
-prompt = ''  # instead of the evaluation: sentences to reconstruct and go on from
+prompt = ''  # instead of the evaluation: sentences to reconstruct and go on from; '-' reads standard input
 steps = 1  # sentences to go on for, each read as it was written
 num_samples = 1  # such continuations
 max_new_tokens = 64  # of a sentence
@@ -585,7 +585,8 @@ def answer(folder, encoder, decoder, val):
 
     Concepts of validation sentences are kept in `folder`, for the next prompt.
     """
-    read = split_sentences(prompt)
+    given = sys.stdin.buffer.read().decode('utf-8', 'replace') if prompt == '-' else prompt
+    read = split_sentences(given)
     if not read or (steps > 1 and not decoder):
         raise UserError('--prompt needs a sentence, and --steps above 1 a decoder')
     sentences = Pairs(val, 2000, np.random.default_rng(seed)).sentences
