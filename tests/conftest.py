@@ -16,6 +16,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['OMP_NUM_THREADS'] = '1'  # models this small gain nothing from two
+MORE = int(os.environ.get('MORE', 1))  # so many times the kills and the made-up inputs
 WORDS = ['river', 'stone', 'cloud', 'garden', 'letter', 'winter', 'market', 'window', 'shadow', 'bridge',
          'copper', 'lantern', 'harbour', 'thistle']
 
@@ -64,6 +65,24 @@ def start(script, *args, before=None, **environment):
         return SimpleNamespace(**dict(zip(('stdout', 'stderr'), output())), returncode=process.exitcode)
     return SimpleNamespace(process=process, output=output, end=end)
 
+def jsonl(texts):
+    return ''.join(json.dumps({'text': t}) + '\n' for t in texts).encode()
+
+def prepared(folder, name, content, *arguments, check=True, **environment):
+    """Run prepare.py on a file of this content, to folder/out."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return run('prepare.py', f'--dataset={folder / name}', f'--data_dir={folder}/out', '--tokenizer=bpe:300',
+               '--num_proc=1', *arguments, check=check, **environment)
+
+def refused(done, *says, alone=True):
+    """It ended with a line that says so, without a traceback; `alone`: and with no other line."""
+    assert done.returncode == 1, done
+    *before, last = done.stderr.splitlines()
+    assert all(part in last for part in says), done
+    assert 'Traceback' not in done.stderr
+    assert not (before and alone), done
+
 def free_port():
     """A port of loopback that nobody listens on."""
     with socket.socket() as s:
@@ -84,11 +103,9 @@ def texts():
 def corpus_dir(tmp_path_factory, texts):
     """The texts as prepare.py writes them, in several shards."""
     folder = tmp_path_factory.mktemp('corpus')
-    source = folder / 'docs.jsonl'
-    source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
-    run('prepare.py', f'--dataset={source}', f'--data_dir={folder}/data', '--tokenizer=bpe:400',
-        '--val_fraction=0.2', '--shard_tokens=2000', '--num_proc=1')
-    return str(folder / 'data')
+    prepared(folder, 'docs.jsonl', jsonl(texts), '--tokenizer=bpe:400', '--val_fraction=0.2',
+             '--shard_tokens=2000')
+    return str(folder / 'out')
 
 @pytest.fixture(scope='session')
 def turns_dir(tmp_path_factory):
@@ -99,13 +116,11 @@ def turns_dir(tmp_path_factory):
     rng = random.Random(0)
     letters = 'bdfgklmnprstvz', 'aeiou'
     words = [''.join(rng.choice(x) for x in 3 * letters) for _ in range(240)]
-    folder = tmp_path_factory.mktemp('turns')
-    with open(folder / 'text.txt', 'w') as f:
-        for _ in range(400):
-            first = 20 * rng.randrange(12)
-            halves = words[first:first + 10], words[first + 10:first + 20]
-            sentences = [rng.choices(halves[i % 2], k=6) for i in range(12)]
-            f.write(' '.join(' '.join(s).capitalize() + '.' for s in sentences) + '\n')
-    run('prepare.py', f'--dataset={folder}/text.txt', f'--data_dir={folder}/data', '--tokenizer=bpe:600',
-        '--val_fraction=0.2', '--num_proc=1')
-    return str(folder / 'data')
+    folder, lines = tmp_path_factory.mktemp('turns'), []
+    for _ in range(400):
+        first = 20 * rng.randrange(12)
+        halves = words[first:first + 10], words[first + 10:first + 20]
+        sentences = [rng.choices(halves[i % 2], k=6) for i in range(12)]
+        lines.append(' '.join(' '.join(s).capitalize() + '.' for s in sentences))
+    prepared(folder, 'text.txt', '\n'.join(lines).encode(), '--tokenizer=bpe:600', '--val_fraction=0.2')
+    return str(folder / 'out')

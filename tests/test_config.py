@@ -1,12 +1,15 @@
 """config.override: presets and --name=value, and what a mistake says."""
 
 import ast
+import contextlib
 import os
 import re
 import tempfile
 
+import hypothesis
 import pytest
-from conftest import ROOT, run
+from conftest import MORE, ROOT, run
+from hypothesis import strategies as st
 
 from config import UserError, override
 
@@ -76,6 +79,18 @@ def test_mistakes_are_named(tmp_path, argument, says):
         argument = tmp_path / 'p.py'
     with pytest.raises((UserError, SystemExit), match=re.escape(says)):
         given(argument)
+
+VALUES = st.text() | st.integers().map(str) | st.floats().map(str) | st.just('9' * 5000)
+NAMED = st.builds('--{}={}'.format, st.sampled_from(['rate', 'steps', 'name', 'fast', 'x']), VALUES)
+OTHERS = st.sampled_from(['a.py', '--', '--=', '\0.py', '--a\nb=1', 'x'])
+
+@hypothesis.settings(max_examples=300 * MORE, deadline=None)
+@hypothesis.given(st.lists(NAMED | OTHERS, max_size=4))
+def test_any_argument_is_taken_or_refused(arguments):
+    with contextlib.suppress(UserError):
+        found = given(*arguments)
+        assert found['steps'] >= 1
+        assert 0 <= found['rate'] < 1
 
 @pytest.mark.parametrize(('arguments', 'code', 'says'), [
     (['--name=b'], 1, 'script.py: a mistake of two lines\n'), (['--steps=0'], 1, 'script.py: .*\n'),

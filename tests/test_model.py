@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import MORE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
@@ -503,7 +504,7 @@ def test_what_is_no_text_is_refused_by_its_place(encoder, wrong, place):
         with pytest.raises(UserError, match=f'^sentences.*{place}.*str$'):
             read(wrong)
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.text(st.characters(), max_size=30), wrong=st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=9) | st.binary(),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.just('text') | st.text(max_size=2), x)))

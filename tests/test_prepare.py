@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 import bench_split
 import hub
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT, free_port, run
+from conftest import MORE, ROOT, free_port, jsonl, prepared, refused, run, start
 from hypothesis import given, settings, strategies
 
 import prepare
@@ -101,16 +102,6 @@ def test_a_tokenizer_learns_from_training_documents_only(tmp_path, texts):
     done = prepared(tmp_path / 'b', 'a.jsonl', jsonl(['Привет, мир. Как дела?'] * 10), '--tokenizer=bpe:257')
     assert 'knows little' in done.stdout
 
-def jsonl(texts):
-    return ''.join(json.dumps({'text': t}) + '\n' for t in texts).encode()
-
-def prepared(folder, name, content, *arguments, check=True, **environment):
-    """Run prepare.py on a file of this content, to folder/out."""
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(content)
-    return run('prepare.py', f'--dataset={folder / name}', f'--data_dir={folder}/out', '--tokenizer=bpe:300',
-               '--num_proc=1', *arguments, check=check, **environment)
-
 def documents_of(folder):
     """The documents of both splits as text."""
     corpora = []
@@ -119,12 +110,6 @@ def documents_of(folder):
             corpora.append(prepare.Corpus(folder, split))
     return sorted(' '.join(map(corpus.tokenizer.decode, corpus.document(d)))
                   for corpus in corpora for d in range(corpus.n_documents))
-
-def refused(done, *says):
-    """It ended with one line that says so, without a traceback."""
-    assert done.returncode == 1
-    assert all(part in done.stderr.splitlines()[-1] for part in says), done.stderr
-    assert 'Traceback' not in done.stderr
 
 def test_readers_agree(tmp_path, texts):
     import pyarrow.parquet
@@ -179,14 +164,27 @@ def test_what_is_left_out_or_replaced_is_counted(tmp_path):
     run('prepare.py', *again, HOME=str(tmp_path))
     assert len(documents_of(tmp_path / 'ho me')) == 2
 
-@settings(max_examples=300, deadline=None)
-@given(strategies.text(), strategies.binary(max_size=40), strategies.sampled_from(['', '\n\n', 'ab']))
-def test_any_text_and_bytes_are_read(tmp_path_factory, text, content, separator):
-    sentences = prepare.split_sentences(text)
-    assert sentences == [prepare.clean(s) for s in sentences if s]
+@settings(max_examples=300 * MORE, deadline=None)
+@given(strategies.binary(max_size=40), strategies.sampled_from(['', '\n\n', 'ab']))
+def test_any_bytes_are_read(tmp_path_factory, content, separator):
     path = tmp_path_factory.getbasetemp() / 'any.txt'
     path.write_bytes(content)
     assert all(isinstance(t, str) for t in prepare.read_file(str(path), 'text', separator))
+
+NO_BOM = strategies.text(strategies.characters(exclude_characters='\ufeff'))  # only the first is dropped
+ANY = NO_BOM | strategies.sampled_from([*HARD, '\ud800', '\x1c\x85\u2028', '. ' * 40])
+
+@settings(max_examples=100 * MORE, deadline=None)
+@given(strategies.lists(strategies.lists(ANY, max_size=4).map(''.join), max_size=4))
+def test_any_text_is_split_tokenized_and_decoded(corpus_dir, several):
+    """No letter is lost, or goes to another document."""
+    tokenizer = prepare.Corpus(corpus_dir, 'train').tokenizer
+    several = list(map(prepare.clean, several))
+    for text, (ids, lengths) in zip(several, prepare.encode_documents(several, tokenizer.encode, 16)):
+        assert all(s and s == prepare.clean(s) for s in prepare.split_sentences(text))
+        assert lengths.sum() == len(ids)
+        assert lengths.max(initial=0) <= 16
+        assert ''.join(tokenizer.decode(ids).split()) == ''.join(text.split())
 
 HUB_TEXTS = [f'Document {i} begins here. It says {i * 7}. Then it ends.' for i in range(500)]
 
@@ -298,14 +296,16 @@ def wait_until(condition, seconds=60):
         assert time.time() < end
         time.sleep(0.01)
 
-def test_kills_at_any_moment(many):
+@pytest.mark.parametrize('seed', range(MORE))
+def test_kills_at_any_moment(many, seed):
     """The same command again goes on: the same bytes as unbroken, and no finished shard is written twice."""
     folder, begin = many
     out, _ = folder / 'out', begin('whole').communicate()
-    rng, kills, before = random.Random(0), 0, {}
+    rng, kills, before = random.Random(seed), 0, {}
     while kills < 20:
-        process = begin()
-        wait_until(lambda: len(shards(out)) > len(before) or process.poll() is not None)  # noqa: B023
+        process, latest = begin(), time.time() + (rng.random() if kills % 2 else 60)
+        wait_until(lambda: len(shards(out)) > len(before) or process.poll() is not None  # noqa: B023
+                   or time.time() > latest)  # noqa: B023
         time.sleep(rng.random() * 0.03)
         working = workers_of(process.pid)
         process.kill()
@@ -318,6 +318,17 @@ def test_kills_at_any_moment(many):
     assert begin().wait() == 0
     assert before.items() <= shards(out).items()
     assert contents(out) == contents(folder / 'whole')
+
+@pytest.mark.parametrize('size', [300, 3000])
+def test_a_full_disk_is_told_and_gone_on_from(tmp_path, texts, size):
+    """Where there is no room for meta.json, or for a shard."""
+    prepared(tmp_path, 'a.jsonl', jsonl(texts))
+    command = ['prepare.py', f'--dataset={tmp_path}/a.jsonl', '--tokenizer=bpe:300', '--num_proc=1',
+               f'--data_dir={tmp_path}/full']
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    refused(start(*command, before=full).end(check=False), 'File too large')
+    start(*command).end()
+    assert contents(tmp_path / 'full') == contents(tmp_path / 'out')
 
 @pytest.mark.parametrize(('number', 'code'), [(15, 143), (2, 130), (9, 1)])
 def test_signals_and_killed_workers(many, number, code):
@@ -372,9 +383,9 @@ def test_rows_are_as_designed(corpus_dir, split, packing):
         order, offset = prepare.permutation(n, 3, k // n)
         assert sorted(order) == list(range(n))
         shift = int(offset * block_size) if n > 1 else 0
-        start, row, used = order[k % n] * block_size - shift, [], 0
+        first, row, used = order[k % n] * block_size - shift, [], 0
         for begin, d, ids in sentences:
-            if start <= begin < start + block_size:
+            if first <= begin < first + block_size:
                 used += len(ids)
                 row += [(d, ids)] if used <= block_size and len(row) < columns else []
         assert row

@@ -1,4 +1,4 @@
-"""The scripts of this folder in miniature: benchmarks, the fault harness, the ablation."""
+"""The scripts of this folder in miniature: benchmarks, the ablation."""
 
 import argparse
 import csv
@@ -49,12 +49,6 @@ def test_two_checkouts_take_turns(corpus_dir, tmp_path):
     what = ['encoder step, tokens', 'decoder step, tokens', 'encode, sentences', 'generate, tokens']
     assert [r['a second'] for r in rows] == what
     assert all(0 < float(r['from']) <= float(r['ratio']) <= float(r['to']) for r in rows)
-
-def test_faults(tmp_path):
-    """The parts that other tests have not in miniature."""
-    parts = '--only=kills_prepare,kills_train,fuzz'
-    run('tests/faults.py', '--share=0.01', f'--results={tmp_path}', parts)
-    assert {'kills_train', 'fuzz'} <= {r['part'] for r in table(tmp_path / 'faults.csv')}
 
 def test_ablation_and_encode(corpus_dir, tmp_path):
     tiny = [*SMALL, '--predictor_layer=1']

@@ -7,7 +7,7 @@ import mteb
 import pytest
 import torch
 import transformers
-from conftest import run, start
+from conftest import prepared, refused, run, start
 from datasets import Dataset, DatasetDict
 from mteb.abstasks.sts import AbsTaskSTS
 from scipy.stats import spearmanr
@@ -64,20 +64,20 @@ def test_a_packed_sentence_is_as_if_alone(kind, corpus_dir):
 @pytest.mark.parametrize('kind', ['roberta', 'gpt2'])
 def test_the_chain_with_a_model_of_the_hub(kind, folder, texts, tmp_path):
     """Prepared with, trained from, resumed, decoded; and loaded where the folder is gone."""
-    (tmp_path / 'docs.txt').write_text('\n'.join(texts))
-    path, data, out = folder(kind), f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out'
-    run('prepare.py', f'--dataset={tmp_path}/docs.txt', data, f'--tokenizer=hf:{path}', '--val_fraction=0.2',
-        '--num_proc=1')
-    small = [out, '--batch_size=2', '--block_size=64', '--eval_iters=2', '--max_iters=6', '--warmup_iters=1']
-    train = ['train_encoder.py', data, *small, '--predictor_layer=1', f'--init_from=hf:{path}']
+    path, out = folder(kind), tmp_path / 'model'
+    prepared(tmp_path, 'docs.txt', '\n'.join(texts).encode(), f'--tokenizer=hf:{path}', '--val_fraction=0.2')
+    small = [f'--out_dir={out}', '--batch_size=2', '--block_size=64', '--eval_iters=2', '--max_iters=6',
+             '--warmup_iters=1']
+    train = ['train_encoder.py', f'--data_dir={tmp_path}/out', *small, '--predictor_layer=1',
+             f'--init_from=hf:{path}']
     start(*train, '--learning_rate=0').end()
     pretrained = transformers.AutoModel.from_pretrained(path).state_dict()
-    for name, value in lib.load_encoder(tmp_path / 'out').model.target.net.state_dict().items():
+    for name, value in lib.load_encoder(out).model.target.net.state_dict().items():
         assert torch.allclose(value, pretrained[name], atol=1e-6), name
     shutil.rmtree(path)
     assert 'going on from step 6' in start(*train, '--max_iters=8', '--learning_rate=1e-3').end().stdout
     start('train_decoder.py', '--n_layer=1', '--n_head=2', '--n_embd=32', *small).end()
-    encoder, decoder = lib.load_encoder(tmp_path / 'out'), lib.load_decoder(tmp_path / 'out')
+    encoder, decoder = lib.load_encoder(out), lib.load_decoder(out)
     z = encoder.encode(['The river stood.', 'A </s> is text.'])
     ids, = encoder.tokenizer.encode_batch(['A </s> is text.'])
     assert encoder.tokenizer.decode(ids) == 'A </s> is text.'
@@ -92,10 +92,10 @@ def test_mistakes_are_one_line(corpus_dir, folder, tmp_path):
     for path, says in ((folder('bert'), '--tokenizer=hf:'), (tmp_path / 'no', '/no'), (tmp_path, 'hf:')):
         done = start('train_encoder.py', f'--data_dir={corpus_dir}', f'--out_dir={tmp_path}/out',
                      f'--init_from=hf:{path}').end(check=False)
-        assert (done.returncode, says in done.stderr, 'Traceback' in done.stderr) == (1, True, False), done
+        refused(done, says, alone=False)
     done = run('prepare.py', '--dataset=web-bible', f'--data_dir={tmp_path}/data',
                f'--tokenizer=hf:{tmp_path}', check=False)
-    assert (done.returncode, 'hf:' in done.stderr, 'Traceback' in done.stderr) == (1, True, False), done
+    refused(done, 'hf:', alone=False)
     assert not (tmp_path / 'ran').exists()
 
 def test_mteb_takes_the_encoder_as_it_is(corpus_dir):
