@@ -25,40 +25,20 @@ from scipy.stats import t
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
-# what a row changes of train_encoder.py's settings
-UNTRAINED, RANDOM = '--learning_rate=0 --max_iters=1', '--start_passes=0'
-SIGREG = '--reg=sigreg --reg_weight=0.02'
-ROWS = {
-    'default': '',
-    'untrained': UNTRAINED,
-    'untrained + start_passes=0': f'{UNTRAINED} {RANDOM}',
-    'n_layer=0': '--n_layer=0',
-    'n_layer=2': '--n_layer=2',
-    'freeze_encoder=True': '--freeze_encoder=True',
-    'predictor_lr_scale=.1': '--predictor_lr_scale=0.1',
-    'predictor_lr_scale=1': '--predictor_lr_scale=1',
-    'start_passes=0': RANDOM,
-    'start_passes=0 + embedding_lr_scale=100': f'{RANDOM} --embedding_lr_scale=100',
-    'loss=mse': '--loss=mse',
-    'loss=infonce': '--loss=infonce',
-    'target=stopgrad': '--target=stopgrad',
-    'target=shared': '--target=shared',
-    'whiten=False': '--whiten=False',
-    'reg=vicreg': '--reg=vicreg',
-    'reg=sigreg': SIGREG,
-    'shared + sigreg + not whitened': f'--target=shared --whiten=False {SIGREG}',
-    'shared + vicreg + not whitened': '--target=shared --whiten=False --reg=vicreg',
-    'context=tokens': '--context=tokens',
-    'predictor_layer=1': '--predictor_layer=1',
-    'predictor_layer=4': '--predictor_layer=4',
-    'pooling=mean': '--pooling=mean',
-    'ema .9': '--ema_start=0.9 --ema_end=0.9',
-    'ema .998': '--ema_start=0.998 --ema_end=0.998',
-    # a window of 8 and the next one, the context read by self-attention
-    "seed project's recipe": f'--loss=mse --whiten=False --context=tokens --pooling=mean {RANDOM} '
-                             '--embedding_lr_scale=1 --predictor_lr_scale=1 --max_sentences=9 '
-                             '--block_size=288 --batch_size=14',
-}
+ROWS = [  # what a row changes of train_encoder.py's settings, or by a name of NAMED; ' + ' between them
+    'default', 'untrained', 'untrained + start_passes=0', 'n_layer=0', 'n_layer=2', 'freeze_encoder=True',
+    'predictor_lr_scale=0.1', 'predictor_lr_scale=1', 'start_passes=0',
+    'start_passes=0 + embedding_lr_scale=100', 'loss=mse', 'loss=infonce', 'target=stopgrad', 'target=shared',
+    'whiten=False', 'reg=vicreg', 'reg=sigreg', 'target=shared + whiten=False + reg=vicreg',
+    'target=shared + whiten=False + reg=sigreg', 'context=tokens', 'predictor_layer=1', 'predictor_layer=4',
+    'pooling=mean', 'ema .9', 'ema .998', "seed project's recipe"]
+NAMED = {'default': '', 'untrained': '--learning_rate=0 --max_iters=1',
+         'reg=sigreg': '--reg=sigreg --reg_weight=0.02', 'ema .9': '--ema_start=0.9 --ema_end=0.9',
+         'ema .998': '--ema_start=0.998 --ema_end=0.998',
+         # a window of 8 and the next one, the context read by self-attention
+         "seed project's recipe": '--loss=mse --whiten=False --context=tokens --pooling=mean '
+                                  '--start_passes=0 --embedding_lr_scale=1 --predictor_lr_scale=1 '
+                                  '--max_sentences=9 --block_size=288 --batch_size=14'}
 COLUMNS = {  # section, row and column of evaluate.py's metrics.json; no column: the first one
     'information': ('information of a prediction', 'model', 'information'),
     'nats given the concept': ('information of a reconstruction', 'model', 'nats per token'),
@@ -84,11 +64,15 @@ def measured(folder):
             out[name] = cell[0] if isinstance(cell, list) else cell  # value, and ends of its interval
     return out
 
+def settings(row):
+    """The arguments that a row gives train_encoder.py."""
+    return ' '.join(NAMED.get(part, f'--{part}') for part in row.split(' + '))
+
 def one(name, seed, a):
     """Folder of one row and seed, trained and evaluated unless that is done."""
     folder = os.path.join(a.work, f'{name}_{seed}'.replace(' ', '_').replace("'", ''))
     shared, commands = [f'--data_dir={a.data_dir}', f'--out_dir={folder}'], []
-    for kind, options, steps, row in (('encoder', a.encoder, a.iters, ROWS[name]),
+    for kind, options, steps, row in (('encoder', a.encoder, a.iters, settings(name)),
                                       ('decoder', a.decoder, a.decoder_iters, '')):
         loop = f'--seed={seed} --max_iters={steps} --warmup_iters={steps // 8} --eval_interval={steps} {row}'
         commands += [[f'train_{kind}.py', *options.split(), *shared, *loop.split()]] if steps else []
@@ -133,24 +117,21 @@ def write(table, seeds, iters, folder):
         writer = csv.writer(f, lineterminator='\n')
         names = ('', ', half of 95 % interval', f', from {first}', f', from {first}, half of 95 % interval')
         writer.writerow(['row', 'settings', 'seeds', 'steps', *(c + x for c in columns for x in names)])
-        writer.writerows([name, ROWS[name], seeds, iters, *(f'{x:.5f}' for c in columns for x in row[c])]
+        writer.writerows([name, settings(name), seeds, iters, *(f'{x:.5f}' for c in columns for x in row[c])]
                          for name, row in table.items())
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    small = ' --n_embd=192 --n_head=3'
-    for name, default, about in (
-            ('data_dir', 'data/openstax', ''), ('work', 'out/ablate', 'folder of the runs'), ('sts', '', ''),
-            ('rows', '', 'comma-separated; none: all'), ('seeds', 3, ''), ('first_seed', 1, ''),
-            ('encoder', f'config/encoder_openstax.py{small}', 'its arguments'), ('iters', 150, 'its steps'),
-            ('decoder', f'config/decoder_openstax.py{small}', 'its arguments'),
-            ('decoder_iters', 0, 'its steps; 0: no decoder'), ('max_pairs', 600, ''),
-            ('results', os.path.join(HERE, 'results'), '')):
-        parser.add_argument(f'--{name}', type=type(default), default=default, help=about)
+    small = '--n_embd=192 --n_head=3'
+    for name, default in {  # no decoder_iters: no decoder
+            'data_dir': 'data/openstax', 'work': 'out/ablate', 'sts': '', 'rows': ','.join(ROWS),
+            'seeds': 3, 'first_seed': 1, 'encoder': f'config/encoder_openstax.py {small}', 'iters': 150,
+            'decoder': f'config/decoder_openstax.py {small}', 'decoder_iters': 0, 'max_pairs': 600,
+            'results': os.path.join(HERE, 'results')}.items():
+        parser.add_argument(f'--{name}', type=type(default), default=default)
     a = parser.parse_args()
     a.data_dir, a.work, a.sts = (path and os.path.abspath(path) for path in (a.data_dir, a.work, a.sts))
-    found = {name: [] for name in (a.rows.split(',') if a.rows else ROWS)}
-    assert found.keys() <= ROWS.keys(), f'expected some of {list(ROWS)}'
+    found = {name: [] for name in a.rows.split(',')}
     for seed in range(a.first_seed, a.first_seed + a.seeds):
         for name in found:
             found[name].append(measured(one(name, seed, a)))

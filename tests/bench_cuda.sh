@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every benchmark that a GPU bears on, in 8 minutes on a large one, from data that prepare.py wrote before: training
-# steps against a language model of the same width, where their time goes, generation, encode. Writes
+# steps against a language model of the same width, where their time goes, and generation. Writes
 # tests/results/{train,phases}_cuda.csv, or to the folder in $OUT.
 #     bash tests/bench_cuda.sh data/openstax            DEVICE=cpu rehearses it, small; PYTHON names an interpreter
 set -euo pipefail

@@ -6,8 +6,8 @@
 
 Medians of --repeats steps; workloads take turns; on CUDA all is compiled. FLOPs are what the mathematics asks
 for: of real tokens, and of pairs of tokens of which one sees the other; `utilisation` is their share of a
-matrix product in the same run. `generate` writes 64 tokens with a key-value cache, `reread` without. Writes
-tests/results/train_<device>.csv, phases_<device>.csv (milliseconds of a step's parts) or ratio_<device>.csv.
+matrix product in the same run. `generate` writes 64 tokens. Writes tests/results/train_<device>.csv and
+phases_<device>.csv (milliseconds of a step's parts), or ratio_<device>.csv.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,9 +28,7 @@ import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-sys.path[:0] = [ROOT, HERE]
-from bench_encode import compare, in_turn, interval, show  # noqa: E402
-
+sys.path.insert(0, ROOT)
 import model as lib  # noqa: E402
 from prepare import Corpus  # noqa: E402
 
@@ -126,13 +125,13 @@ class Bench:
                             + 3 * self.attention(B * T * (T + 1) / 2))
         return step
 
-    def writing(self, n, write):
-        """Greedy generation of WRITTEN tokens for each of n concepts by write(net, concepts)."""
+    def writing(self, n):
+        """Greedy generation of WRITTEN tokens for each of n concepts."""
         net, z = self.concept_decoder().eval(), torch.randn(n, self.width, device=self.a.device)
 
         def step(i, mark):
             with torch.inference_mode(), self.autocast:
-                write(net, z)
+                net.generate(z, WRITTEN)
             return lambda: (n * WRITTEN, 0)
         return step
 
@@ -158,14 +157,6 @@ def matrices(module):
     """Weights that each position is multiplied with: of a module's matrices, without its embeddings."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
 
-def reread(net, concepts):
-    """Decoder.generate, greedy, without a cache: all is read again for each token."""
-    out = torch.zeros(len(concepts), 0, dtype=torch.long, device=concepts.device)
-    for _ in range(WRITTEN):
-        tokens = F.pad(out, (PREFIX, 0))
-        x = net.states(tokens, 0 * tokens, concepts[:, None], lib.build_mask(0 * tokens, True))[0]
-        out = torch.cat((out, F.linear(x[:, -1:], net.embedding.weight).argmax(-1)), 1)
-
 def timed(step, i, a):
     """(Tokens, flops, seconds, {part: seconds}) of a step. A GPU is waited for after each part."""
     names, times = [], []
@@ -183,10 +174,9 @@ def timed(step, i, a):
 def measure(corpus, size, a, peak):
     """(Rows of the table, rows of parts) of one size."""
     bench, cuda, steps, memory, rows, parts = Bench(corpus, size, a), a.device == 'cuda', {}, {}, [], []
-    make = {kind: lambda kind=kind: bench.training(kind) for kind in ('encoder', 'decoder')}
-    make['language model'] = bench.language_model
-    for name, write in (('generate', lambda net, z: net.generate(z, WRITTEN)), ('reread', reread)):
-        make |= {f'{name}, batch {n}': lambda n=n, write=write: bench.writing(n, write) for n in (1, 64)}
+    make = {'encoder': partial(bench.training, 'encoder'), 'decoder': partial(bench.training, 'decoder'),
+            'language model': bench.language_model, 'generate, batch 1': partial(bench.writing, 1),
+            'generate, batch 64': partial(bench.writing, 64)}
     for name, f in make.items():
         before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
@@ -200,17 +190,32 @@ def measure(corpus, size, a, peak):
     for name in steps:
         tokens, flops, seconds, marks = map(np.array, zip(*(found[name] for found in seen)))
         first = {'width': size[0], 'layers': size[1], 'workload': name}
-        speed, median = np.median(flops / seconds) / 1e9, np.median(seconds)
+        speed = np.median(flops / seconds) / 1e9
         rows.append(first | {'tokens/s': round(np.median(tokens / seconds)), 'GFLOP/s': round(speed, 1),
                              'utilisation': round(speed / peak, 3), 'MB': memory[name],
-                             'slowest over median step': round(max(seconds) / median, 2),
                              'compiled while timed': torch._dynamo.utils.counters['stats']['unique_graphs']})
         parts += [first | {'part': part, 'ms': round(1000 * np.median([m[part] for m in marks]), 2)}
                   for part in marks[0]]
     return rows, parts
 
 # ------------------------------------------------------------------------------------------------------------
-# Two checkouts. Settings' names and metrics.csv are all that this knows of the other one.
+# Two checkouts. Of the other one this knows settings' names, metrics.csv and the API for other programs.
+
+def in_turn(functions, repeats, warm_up=1):
+    """{name: (repeats,) of what each function returned}; they take turns, every other time in reverse."""
+    found = {name: [] for name in functions}
+    for r in range(warm_up + repeats):
+        for name in list(functions)[::1 - 2 * (r % 2)]:
+            found[name].append(functions[name]())
+    return {name: np.array(values[warm_up:]) for name, values in found.items()}
+
+def interval(rates):
+    """Medians of two rates {name: rates} and of their ratio, with its 95 % interval by bootstrap."""
+    ratio = np.divide(*rates.values())
+    drawn = np.median(np.random.default_rng(0).choice(ratio, (2000, len(ratio))), 1)
+    low, high = np.quantile(drawn, (0.025, 0.975)).round(3)
+    medians = {name: round(np.median(r)) for name, r in rates.items()}
+    return medians | {'ratio': round(np.median(ratio), 3), 'from': low, 'to': high}
 
 def held(root, kind, size, out, data, a):
     """Tokens a second of each next step of a checkout's training script, which stands still in between."""
@@ -238,6 +243,22 @@ def held(root, kind, size, out, data, a):
         process.send_signal(signal.SIGCONT)
         process.wait()
 
+def compare(roots, outs, path, repeats, device):
+    """{what: {name: rates}} of checkouts {name: folder}, models {name: out_dir}, on the texts in a json."""
+    workers = {}
+    for name, root in roots.items():
+        command = [sys.executable, f'{HERE}/bench_worker.py', root, outs[name], path, device]
+        workers[name] = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(process):
+        print(file=process.stdin, flush=True)
+        return list(map(float, process.stdout.readline().split()))
+    found = in_turn({name: lambda p=process: ask(p) for name, process in workers.items()}, repeats)
+    for process in workers.values():
+        process.communicate()
+    return {what: {name: rates[:, i] for name, rates in found.items()}
+            for i, what in enumerate(('encode, sentences', 'generate, tokens'))}
+
 def against(sizes, a, work):
     """Rows that compare this checkout with a.other: training steps, encode, generate."""
     roots, rows = {'this': ROOT, 'other': os.path.abspath(a.other)}, []
@@ -257,6 +278,15 @@ def against(sizes, a, work):
         rows += [{'width': size[0], 'layers': size[1], 'a second': what, **interval(rates)}
                  for what, rates in found.items()]
     return rows
+
+def show(rows, path):
+    """Print rows as a table and keep them as csv."""
+    for row in [dict(zip(rows[0], rows[0])), *rows]:
+        print(' '.join(f'{v!s:>{max(len(k), 8)}}' for k, v in row.items()), flush=True)
+    with open(path, 'w', newline='') as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
 
 def prepared(folder, a, root):
     """The folder, once root's prepare.py has put --dataset there."""

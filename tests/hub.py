@@ -33,10 +33,10 @@ class Hub(ThreadingHTTPServer):
     """`files`: path in the repository to bytes. `failures`: how the first requests for a parquet file fail, a
     status, or a 'drop' or 'stall' in the middle of it. `gone(name)`: whether a file is lost for now."""
 
-    def __init__(self, files, failures=()):
+    def __init__(self, files):
         super().__init__(('127.0.0.1', 0), Handler)
         self.files = {'README.md': CARD, 'data/CC/000.parquet': parquet(['Wrong.'])} | files
-        self.failures, self.asked, self.gone = list(failures), [], lambda name: False
+        self.failures, self.asked, self.gone = [], [], lambda name: False
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
 
@@ -61,9 +61,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        body, files = self.rfile.read(int(self.headers.get('Content-Length') or 0)), self.server.files
+        files, (_, _, route) = self.server.files, path.partition(f'/datasets/{REPO}')
         self.server.asked.append(path)
-        _, _, route = path.partition(f'/datasets/{REPO}')
 
         def entry(name):
             return {'type': 'file', 'path': name, 'size': len(files[name]), 'oid': COMMIT}
@@ -78,14 +77,11 @@ class Handler(BaseHTTPRequestHandler):
             folders = {base + name[len(base):].split('/')[0] for name in inside if '/' in name[len(base):]}
             self.json([{'type': 'directory', 'path': f, 'size': 0, 'oid': COMMIT} for f in sorted(folders)]
                       + [entry(name) for name in inside if deep or '/' not in name[len(base):]])
-        elif route.startswith('/paths-info/'):
-            read = json.loads if body[:1] == b'{' else urllib.parse.parse_qs
-            self.json([entry(name) for name in read(body.decode())['paths'] if name in files])
         else:
             self.json({'id': REPO, 'sha': COMMIT, 'private': False, 'gated': False, 'downloads': 0,
                        'tags': [], 'siblings': [{'rfilename': name} for name in files]})
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
     def file(self, name):
         hub, about = self.server, {'ETag': f'"{COMMIT}"', 'X_Repo_Commit': COMMIT, 'Accept_Ranges': 'bytes'}

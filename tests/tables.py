@@ -1,14 +1,12 @@
 """The tables of README.md and tests/results/README.md, from the metrics.json of each run under tests/results.
 
-    python tests/tables.py            prints them
-    python tests/tables.py --write    puts them in their places, between <!-- name --> and <!-- end -->
+    python tests/tables.py    puts them in their places, between <!-- name --> and <!-- end -->
 """
 
 import glob
 import json
 import os
 import re
-import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PLACES = 'README.md', 'tests/results/README.md'
@@ -65,10 +63,6 @@ def filled(text, found):
     return text
 
 if __name__ == '__main__':
-    if sys.argv[1:] == ['--write']:
-        for place in PLACES:
-            text = filled(open(os.path.join(ROOT, place), encoding='utf-8').read(), tables())
-            open(os.path.join(ROOT, place), 'w', encoding='utf-8').write(text)
-    else:
-        for name, lines in tables().items():
-            print(f'\n{name}\n', *lines, sep='\n')
+    for place in PLACES:
+        text = filled(open(os.path.join(ROOT, place), encoding='utf-8').read(), tables())
+        open(os.path.join(ROOT, place), 'w', encoding='utf-8').write(text)

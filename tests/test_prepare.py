@@ -14,13 +14,13 @@ import time
 from collections import Counter
 from functools import partial
 
-import bench_split
+import bench_prepare
 import hub
 import numpy as np
 import pytest
 import tiktoken
 from conftest import MORE, ROOT, free_port, jsonl, prepared, refused, run, start
-from hypothesis import given, settings, strategies
+from hypothesis import example, given, settings, strategies
 
 import prepare
 from config import UserError
@@ -30,20 +30,6 @@ HARD = ['Dr. Smith met J. R. Jones at 3.5 p.m. He said "Go." Then they left (lat
         ' \n\t ', '<|endoftext|> is text. So is </s>.', 'مرحبا بالعالم. كيف حالك؟', 'a\x00b. C\x0cd.',
         'Plan B\u00a0. Then.', 'one, two; three: ' * 300]
 RANKS = ('-m', 'torch.distributed.run', '--nproc_per_node=2')
-
-@pytest.mark.parametrize('text', HARD)
-def test_split_and_cut_lose_only_white_space(text):
-    parts = prepare.split_sentences(text)
-    assert ''.join(''.join(parts).split()) == ''.join(text.split())
-    assert all(p and p == prepare.clean(p) for p in parts)
-    (ids, lengths), = prepare.encode_documents([text], letters, 128)
-    assert ''.join(''.join(map(chr, ids)).split()) == ''.join(text.split())
-    assert lengths.sum() == len(ids)
-    assert all(0 < n <= 128 for n in lengths)
-
-def letters(texts):
-    """A tokenizer of letters, for the cutting of long sentences."""
-    return np.array(list(map(ord, ''.join(texts)))), np.array(list(map(len, texts)), int)
 
 @pytest.mark.parametrize('text', [
     'Dr. Smith paid 3.50 dollars.|He left.', '1. Wash the rice.|Then dry it.', 'A. Wash it.|B. Boil it.',
@@ -55,17 +41,12 @@ def test_split_knows_abbreviations_and_list_markers(text):
     assert prepare.split_sentences('\ufeff' + text.replace('|', '\r\n')) == text.split('|')
 
 @pytest.mark.parametrize(('name', 'measure', 'bar'), [
-    ('en_ewt-ud-dev.conllu', bench_split.f1, 0.871), ('en_gum-ud-dev.conllu', bench_split.f1, 0.963),
-    ('pysbd_golden_rules_en.json', bench_split.golden, 44)])
+    ('en_ewt-ud-dev.conllu', bench_prepare.f1, 0.871), ('en_gum-ud-dev.conllu', bench_prepare.f1, 0.963),
+    ('pysbd_golden_rules_en.json', bench_prepare.golden, 44)])
 def test_splitter_on_treebanks_and_golden_rules(name, measure, bar):
     if not os.path.exists(path := os.path.join(ROOT, '..', 'shared', 'data', 'sentence-boundaries', name)):
         pytest.skip('the treebanks are not beside the checkout')
     assert measure(prepare.split_sentences, path) >= bar
-
-def test_documents_together_are_as_documents_alone(texts):
-    several = [*texts[:5], '', *HARD, ' ', *texts[5:100]]
-    for text, document in zip(several, prepare.encode_documents(several, letters, 16)):
-        assert all(map(np.array_equal, document, next(prepare.encode_documents([text], letters, 16))))
 
 def test_sentences_are_tokenized_each_on_its_own(corpus_dir, texts):
     """Many at once give what one at a time gives, also where an end of text stands in one of them."""
@@ -175,16 +156,19 @@ NO_BOM = strategies.text(strategies.characters(exclude_characters='\ufeff'))  # 
 ANY = NO_BOM | strategies.sampled_from([*HARD, '\ud800', '\x1c\x85\u2028', '. ' * 40])
 
 @settings(max_examples=100 * MORE, deadline=None)
+@example([*HARD, *['a'] * 60])  # more documents than are tokenized in one call
 @given(strategies.lists(strategies.lists(ANY, max_size=4).map(''.join), max_size=4))
-def test_any_text_is_split_tokenized_and_decoded(corpus_dir, several):
-    """No letter is lost, or goes to another document."""
+def test_any_text_is_split_and_tokenized(corpus_dir, several):
+    """No letter is lost; sentences are cut to 16 tokens; documents together are as documents alone."""
     tokenizer = prepare.Corpus(corpus_dir, 'train').tokenizer
-    several = list(map(prepare.clean, several))
-    for text, (ids, lengths) in zip(several, prepare.encode_documents(several, tokenizer.encode, 16)):
+    found = list(prepare.encode_documents(several, tokenizer.encode, 16))
+    for text, (ids, lengths) in zip(several, found, strict=True):
         assert all(s and s == prepare.clean(s) for s in prepare.split_sentences(text))
+        assert all(0 < n <= 16 for n in lengths)
         assert lengths.sum() == len(ids)
-        assert lengths.max(initial=0) <= 16
-        assert ''.join(tokenizer.decode(ids).split()) == ''.join(text.split())
+        assert ''.join(tokenizer.decode(ids).split()) == ''.join(prepare.clean(text).split())
+        alone, = prepare.encode_documents([text], tokenizer.encode, 16)
+        assert all(map(np.array_equal, (ids, lengths), alone))
 
 HUB_TEXTS = [f'Document {i} begins here. It says {i * 7}. Then it ends.' for i in range(500)]
 
@@ -438,8 +422,7 @@ def test_ten_billion_tokens_in_thousands_of_shards(tmp_path):
     assert corpus.n_tokens > 9.9e9
     assert len(np.unique(np.concatenate(seen) // len(sizes))) > 2000  # of 3,000 shards
 
-@pytest.mark.parametrize(('name', 'more'), [('split', []), ('prepare', ['--megabytes=1', '--num_proc=1'])])
-def test_the_benchmarks_run(tmp_path, name, more):
-    done = run(f'tests/bench_{name}.py', *more, '--repeats=1', f'--out={tmp_path}/out.csv')
-    assert 'MB/s' in done.stdout
-    assert (tmp_path / 'out.csv').exists()
+def test_the_benchmark_runs(tmp_path):
+    run('tests/bench_prepare.py', '--megabytes=1', '--num_proc=1', '--repeats=1', f'--results={tmp_path}')
+    for name in ('split', 'prepare'):
+        assert 'MB/s' in (tmp_path / f'{name}.csv').read_text()

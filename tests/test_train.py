@@ -9,6 +9,7 @@ import signal
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -82,8 +83,8 @@ def two_ranks(*command):
 def straight(corpus_dir, tmp_path_factory):
     """40 steps of the encoder, then of the decoder, without a break, in a folder with an unusual name."""
     out = tmp_path_factory.mktemp('straight') / 'a rün'
-    start(*encoder(corpus_dir, out)).end()
-    start(*decoder(out)).end()
+    for _, _, command in both(corpus_dir, out, out):
+        start(*command).end()
     return out
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_kills_at_any_moment(straight, corpus_dir, tmp_path, seed):
     """Until a run ends; a checkpoint is whole at every moment."""
     rng, kills = random.Random(seed), 0
     for kind, log, command in both(corpus_dir, tmp_path, straight):
-        patience = 0.5
+        patience = 0.2
         while True:
             running = start(*command).process
             running.join(rng.uniform(0, patience))
@@ -115,7 +116,7 @@ def test_kills_at_any_moment(straight, corpus_dir, tmp_path, seed):
                 break
             running.kill()
             running.join()
-            kills, patience = kills + 1, 1.1 * patience  # lest a busy machine never ends it
+            kills, patience = kills + 1, 1.15 * patience  # lest a busy machine never ends it
             if os.path.exists(tmp_path / f'{kind}.pt'):
                 load_checkpoint(tmp_path, kind)
         assert running.exitcode == 0
@@ -204,29 +205,27 @@ def test_two_ranks_are_one_process(corpus_dir, tmp_path):
     assert_equal(tmp_path / 'one' / 'decoder.pt', tmp_path / 'two' / 'decoder.pt', atol=2e-4)
     assert ('step 20' in first.stdout, second.stdout) == (True, '')
 
-def regularise_on_a_rank(rank, folder):
-    """Save the gradients that a rank's rows of `folder`/x.pt get."""
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
+def gradients(x, rank=None, meeting=''):
+    """Of each regulariser by the rows x; on a rank, of two, these are its share of 50 rows."""
+    if rank is not None:
+        dist.init_process_group('gloo', init_method=f'file://{meeting}', rank=rank, world_size=2)
+    found = []
     for reg in (lib.vicreg, lib.sigreg):
-        x = torch.load(f'{folder}/x.pt')[20 * rank:20 + 30 * rank].requires_grad_()  # 20 rows and 30
+        leaf = torch.from_numpy(x).requires_grad_()
         torch.manual_seed(0)
-        (reg(x, torch.ones(len(x)).bool()) * len(x) / 50).backward()  # a share of the loss, as in training
-        torch.save(x.grad, f'{folder}/{reg.__name__}_{rank}.pt')
-    dist.destroy_process_group()
+        (reg(leaf, torch.ones(len(x)).bool()) * len(x) / 50).backward()  # a share of the loss, as in training
+        found.append(leaf.grad.numpy())
+    if rank is not None:
+        dist.destroy_process_group()
+    return found
 
 def test_regularisers_see_the_rows_of_all_ranks(tmp_path):
-    torch.save(0.4 * torch.randn(50, 6), tmp_path / 'x.pt')
-    both = [FORKS.Process(target=regularise_on_a_rank, args=(rank, str(tmp_path))) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
-    for reg in (lib.vicreg, lib.sigreg):
-        x = torch.load(tmp_path / 'x.pt').requires_grad_()
-        torch.manual_seed(0)
-        reg(x, torch.ones(50).bool()).backward()
-        found = torch.cat([torch.load(tmp_path / f'{reg.__name__}_{rank}.pt') for rank in (0, 1)])
-        assert torch.allclose(found, x.grad, atol=1e-6), reg
+    x = np.random.default_rng(0).normal(0, 0.4, (50, 6)).astype(np.float32)
+    with FORKS.Pool(2) as pool:
+        shares = (x[:20], 0, tmp_path / 'a'), (x[20:], 1, tmp_path / 'a')
+        ranks = pool.starmap_async(gradients, shares, chunksize=1).get(60)
+    for expected, *parts in zip(gradients(x), *ranks):
+        assert np.allclose(np.concatenate(parts), expected, atol=1e-6)
 
 def test_training_learns_and_does_not_collapse(turns_dir, tmp_path):
     """Where sentences take turns, training adds what neither the start nor a mean of what was read has."""
@@ -291,7 +290,7 @@ def test_documents_of_one_sentence_are_refused(tmp_path):
     refused(start(*encoder(tmp_path / 'out', tmp_path / 'new')).end(check=False), '--doc_separator')
 
 def test_ruined_weights_are_not_saved(copied, corpus_dir):
-    for kind, command in (('encoder', encoder(corpus_dir, copied)), ('decoder', decoder(copied))):
+    for kind, _, command in both(corpus_dir, copied, copied):
         ruined = '--max_iters=200', '--learning_rate=1e30', '--grad_clip=0'
         refused(start(*command, *ruined).end(check=False), 'not finite')
         for path in copied.glob(f'{kind}*.pt'):
