@@ -657,17 +657,6 @@ def skill(p, z, mean):
     error, base = (p - z).square().sum(), (mean - z).square().sum()
     return (1 - error / base).item() if base > 1e-9 * len(z) else 0.0  # no variance: nothing explained
 
-def worst_ranks(similar, true, allowed):
-    """Ranks (n,) from 1 of column true[i] among the allowed columns of similar (n, m); ties take the worst
-    rank.
-
-    `allowed` is boolean (n, m). The tolerance covers what one matrix product rounds differently between
-    columns.
-    """
-    beats = (similar >= similar.gather(1, true[:, None]) - 1e-6) & allowed
-    beats.scatter_(1, true[:, None], False)
-    return 1 + beats.sum(1)
-
 def rank_me(x):
     """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of its singular values' entropy."""
     s = torch.linalg.eigvalsh(x.double().T @ x.double()).clamp(min=0).sqrt()

@@ -314,14 +314,10 @@ def test_regularisers_by_hand():
     assert found.item() == pytest.approx((used.sum() * area).item(), rel=1e-4)
 
 def test_measures_against_references():
-    p, z, allowed, true = *torch.randn(2, 40, 6), torch.rand(40, 40) > 0.4, torch.randint(40, (40,))
+    p, z = torch.randn(2, 40, 6)
     expected = np.linalg.lstsq(p.numpy().reshape(-1, 1), z.numpy().ravel(), rcond=None)[0].item()
     assert lib.fit_scale(p, z).item() == pytest.approx(expected, rel=1e-4)
     assert lib.fit_scale(p.numpy(), z.numpy()) == pytest.approx(expected, rel=1e-4)
-    similar = (p @ z.T).round()  # with ties
-    ranks = [1 + sum(similar[i, j] >= similar[i, t] for j in range(40) if j != t and allowed[i, j])
-             for i, t in enumerate(true.tolist())]
-    assert lib.worst_ranks(similar, true, allowed).tolist() == ranks
     share = np.linalg.svd(z.numpy(), compute_uv=False)
     share /= share.sum()
     assert lib.rank_me(z) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
@@ -329,7 +325,6 @@ def test_measures_against_references():
     assert found == pytest.approx([1, 2 - math.cos(math.pi / 4), 2, 3, 3])
     # a constant model scores nothing
     same, z = lib.unit(torch.ones(40, 6)), lib.unit(z)
-    assert (lib.worst_ranks(same @ z[:1].expand_as(z).T, true, torch.ones(40, 40).bool()) == 40).all()
     assert lib.skill(same, same, same.mean(0)) == 0 >= lib.skill(lib.fit_scale(same, z) * same, z, z.mean(0))
     assert lib.rank_me(same - same.mean(0)) == pytest.approx(1, abs=1e-3)
     x, index = p.view(8, 5, 6), torch.randint(5, (8, 7))
