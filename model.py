@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from tqdm import tqdm
 
 from config import UserError
-from config.run import autocast, load_checkpoint, pick_device
+from config.run import all_sum, autocast, load_checkpoint, pick_device
 from prepare import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------
@@ -72,15 +72,14 @@ def pairs(document):
     """Boolean (B, S - 1): sentence i + 1 follows sentence i in the same document, of document (B, S)."""
     return (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
 
-def attention_path(device_type, compiled, hf=False):
+def attention_path(device_type, compiled):
     """How masks are best built: 'flex' on CUDA, compiled; 'spans' on a CPU, not compiled; or 'mask'.
 
-    FlexAttention needs compute capability 8 and has no backward on a CPU, spans have no fixed shape, and
-    models of transformers take a mask.
+    FlexAttention needs compute capability 8 and has no backward on a CPU; spans have no fixed shape.
     """
-    if device_type == 'cuda' and compiled and not hf and torch.cuda.get_device_capability() >= (8, 0):
+    if device_type == 'cuda' and compiled and torch.cuda.get_device_capability() >= (8, 0):
         return 'flex'
-    return 'spans' if device_type == 'cpu' and not compiled and not hf else 'mask'
+    return 'spans' if device_type == 'cpu' and not compiled else 'mask'
 
 class Spans:
     """In a mask's place: each position attends within its run of equal `group` (B, T), both ways or causally.
@@ -367,8 +366,8 @@ class Whitening(nn.Module):
         floor = self.floor * value.mean() + 1e-8 * self.mean.square().sum()
         self.W.copy_((vector * value.clamp(min=floor.clamp(min=1e-12)).rsqrt()) @ vector.T)
 
-    def fit(self, batches, all_sum=lambda x: x):
-        """Start from 50 sentences a dimension, or all, of `batches`: pairs (z, used) as in `moments`."""
+    def fit(self, batches):
+        """Start from 50 sentences a dimension, or all, of this rank's batches: (z, used) as in `moments`."""
         total = 0
         for z, used in batches:
             total = total + all_sum(self.moments(z, used))
@@ -378,7 +377,7 @@ class Whitening(nn.Module):
         self.refresh()
 
 @torch.no_grad()
-def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x: x):
+def neighbour_embeddings(batches, weight, dim, passes, own=0.3):
     """Token embeddings (V, dim) to start from, of length sqrt(dim): each points to the sentences around its
     own.
 
@@ -390,8 +389,7 @@ def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x
     Hotelling 1936, the words' covariance taken as diagonal, as in Dhillon et al. 2015, "Eigenwords"). A pass
     takes seconds where gradient steps take an hour to come as far.
 
-    `batches()` yields this rank's batches (tokens, sentence, document) of one pass; `all_sum` sums over
-    ranks.
+    `batches()` yields this rank's batches (tokens, sentence, document) of one pass.
     """
     random = unit(torch.randn(len(weight), dim, device=weight.device))
     table = random * dim ** 0.5
@@ -400,7 +398,7 @@ def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x
         return sentence_mean(table[tokens], weight[tokens], sentence, document.shape[1])
     for _ in range(passes):
         whitening = Whitening(dim).to(weight.device)
-        whitening.fit(((means(*batch), batch[2] >= 0) for batch in batches()), all_sum)
+        whitening.fit((means(*batch), batch[2] >= 0) for batch in batches())
         total = torch.zeros_like(table)
         for tokens, sentence, document in batches():
             z = whitening(means(tokens, sentence, document))  # (B, S, D)
@@ -579,17 +577,13 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
-        torch.distributed.all_reduce(x)
-        return x
+        return all_sum(x.clone())
 
     @staticmethod
     def backward(ctx, gradient):
-        return SumOverRanks.forward(ctx, gradient)
+        return all_sum(gradient.clone())
 
-def over_ranks(x):
-    """x summed over ranks, with gradient; as it is where there is one process."""
-    return SumOverRanks.apply(x) if torch.distributed.is_initialized() else x
+over_ranks = SumOverRanks.apply
 
 def vicreg(x, used):
     """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the used rows of x
