@@ -139,7 +139,8 @@ def rotate(x, cos, sin):
 class Block(nn.Module):
     """Attention and a feed-forward layer of 4 D with GELU, each on a normalised copy of the residual stream.
 
-    With `identity`, its output projections start as zeros, so that it starts as the identity.
+    It reads n_embd, n_head and dropout of `config`, and starts by the depth n_layer that it is part of; with
+    `identity`, its output projections start as zeros, so that it starts as the identity.
     """
 
     def __init__(self, config, n_layer, identity=False):
