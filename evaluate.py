@@ -151,13 +151,12 @@ def skill(p, z, mean, document):
 def retrieved(similar, target, candidates, document):
     """Cells of how target[i] ranks among candidates[i] (n, m) by similar(rows) (len(rows), N).
 
-    A candidate that is the target itself counts as none. Ties take the worst rank.
+    A candidate that is the target itself counts as none. Ties, and what a product rounds, take the worst rank.
     """
     ranks = []
     for rows in np.array_split(np.arange(len(target)), len(target) // 256 + 1):
         c = torch.from_numpy(np.column_stack((target[rows], candidates[rows])))
         s = torch.as_tensor(similar(rows)).gather(1, c)
-        # the tolerance covers what one matrix product rounds differently between columns
         ranks.append(1 + ((s >= s[:, :1] - 1e-6) & (c != c[:, :1])).sum(1))
     ranks = torch.cat(ranks).numpy()
     return {'MRR': draws(1 / ranks, document)} | {f'R@{k}': draws(ranks <= k, document) for k in (1, 10)}
