@@ -151,7 +151,7 @@ def skill(p, z, mean, document):
 def retrieved(similar, target, candidates, document):
     """Cells of how target[i] ranks among candidates[i] (n, m) by similar(rows) (len(rows), N).
 
-    A candidate that is the target itself counts as none. Ties, and what a product rounds, take the worst rank.
+    A candidate that is the target itself counts as none. Ties, within rounding, take the worst rank.
     """
     ranks = []
     for rows in np.array_split(np.arange(len(target)), len(target) // 256 + 1):

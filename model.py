@@ -115,7 +115,7 @@ class Spans:
         x, out = qkv.flatten(0, 1).index_select(0, self.slot), []
         for w, inside, part in zip(self.widths, self.inside.split(self.sizes), x.split(self.sizes)):
             q, k, v = part.view(len(part) // w, w, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-            q, k = (rotate(x, *rope[:, :w]) for x in (q, k))  # places in the run
+            q, k = (rotate(x, rope[0][:w], rope[1][:w]) for x in (q, k))  # places in the run
             later = torch.ones(w, w, dtype=torch.bool).triu(1)
             score = (q @ k.mT).float() * q.shape[-1] ** -0.5
             score = score.masked_fill(later if self.causal else ~inside.view(-1, 1, 1, w), -torch.inf)
@@ -126,10 +126,10 @@ class Spans:
 # Transformer: pre-norm, rotary positions, RMSNorm, no biases. Encoder, predictor and decoder are made of it.
 
 def rotary(positions, dim, base=10_000.0):
-    """Cosines and sines (2, T, dim / 2) of rotary embedding at T positions (Su et al., arXiv:2104.09864)."""
+    """Cosines and sines (len(positions), dim / 2) of rotary embedding (Su et al. 2021, arXiv:2104.09864)."""
     rate = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angle = positions.float()[:, None] * rate
-    return torch.stack((angle.cos(), angle.sin()))
+    return angle.cos(), angle.sin()
 
 def rotate(x, cos, sin):
     """Turn the halves of each head of x (B, H, T, dim) by the angles of its positions; computed in fp32."""
