@@ -29,7 +29,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from tqdm import tqdm
 
 from config import UserError, override, write_file
-from model import fit_scale, load_decoder, load_encoder, rank_me, worst_ranks
+from model import fit_scale, load_decoder, load_encoder, rank_me
 from prepare import Corpus, as_user_error, clean, split_sentences
 
 # ----------------------------------------------------------------------------------------------------
@@ -151,13 +151,13 @@ def skill(p, z, mean, document):
 def retrieved(similar, target, candidates, document):
     """Cells of how target[i] ranks among candidates[i] (n, m) by similar(rows) (len(rows), N).
 
-    A candidate that is the target itself counts as none. Ties take the worst rank.
+    A candidate that is the target itself counts as none. Ties, within rounding, take the worst rank.
     """
     ranks = []
     for rows in np.array_split(np.arange(len(target)), len(target) // 256 + 1):
         c = torch.from_numpy(np.column_stack((target[rows], candidates[rows])))
         s = torch.as_tensor(similar(rows)).gather(1, c)
-        ranks.append(worst_ranks(s, 0 * c[:, 0], c != c[:, :1]))
+        ranks.append(1 + ((s >= s[:, :1] - 1e-6) & (c != c[:, :1])).sum(1))
     ranks = torch.cat(ranks).numpy()
     return {'MRR': draws(1 / ranks, document)} | {f'R@{k}': draws(ranks <= k, document) for k in (1, 10)}
 

@@ -10,8 +10,8 @@
 
 The whitening prevents collapse: without it EMA and cosine collapse within 150 steps. Training centres targets
 on the mean of their micro-batch, inputs on the running mean; afterwards both are centred on the running mean.
-W is always a running one. With context='concepts' the predictor learns from two
-inputs: c, and the targets' own concepts, which it reads after training.
+W is always a running one. With context='concepts' the predictor learns from two inputs: c, and the targets'
+own concepts, which it reads after training.
 
 Letters in shapes: B rows, T tokens in a row, S sentences in a row, D the width of a concept, V the
 vocabulary. A row comes from prepare.Corpus: `tokens` (B, T), `sentence` (B, T) the sentence of each token or
@@ -23,6 +23,7 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from tqdm import tqdm
 
 from config import UserError
-from config.run import autocast, load_checkpoint, pick_device
+from config.run import all_sum, autocast, load_checkpoint, pick_device
 from prepare import clean, load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def build_mask(group, causal=False, order=None, path='mask'):
     if path == 'flex':  # in one mode of autograd and autocast, or it would be compiled once for each
         with torch.no_grad(), torch.autocast('cuda', enabled=False):
             return compiled_block_mask(seen, B, None, T, T, device=group.device)
-    return seen(b, 0, t[None, :, None], t[None, None, :])[:, None]
+    return seen(b, 0, t[:, None], t)[:, None]
 
 compiled_block_mask = torch.compile(create_block_mask)
 
@@ -72,55 +73,54 @@ def pairs(document):
     """Boolean (B, S - 1): sentence i + 1 follows sentence i in the same document, of document (B, S)."""
     return (document[:, :-1] == document[:, 1:]) & (document[:, 1:] >= 0)
 
-def attention_path(device_type, compiled, hf=False):
+def place_in_sentence(sentence):
+    """Place (B, T), from 0, of each position in its sentence, of sentence (B, T)."""
+    place = torch.arange(sentence.shape[1], device=sentence.device).expand_as(sentence)
+    first = F.pad(sentence[:, 1:] != sentence[:, :-1], (1, 0), value=True)
+    return place - torch.where(first, place, 0).cummax(1).values
+
+def attention_path(device_type, compiled):
     """How masks are best built: 'flex' on CUDA, compiled; 'spans' on a CPU, not compiled; or 'mask'.
 
-    FlexAttention needs compute capability 8 and has no backward on a CPU, spans have no fixed shape, and
-    models of transformers take a mask.
+    FlexAttention needs compute capability 8 and has no backward on a CPU; spans have no fixed shape.
     """
-    if device_type == 'cuda' and compiled and not hf and torch.cuda.get_device_capability() >= (8, 0):
+    if device_type == 'cuda' and compiled and torch.cuda.get_device_capability() >= (8, 0):
         return 'flex'
-    return 'spans' if device_type == 'cpu' and not compiled and not hf else 'mask'
+    return 'spans' if device_type == 'cpu' and not compiled else 'mask'
 
 class Spans:
     """In a mask's place: each position attends within its run of equal `group` (B, T), both ways or causally.
 
     A row has some twenty sentences, so a mask over it is nearly all False, and a CPU computes all of it. Here
     runs of like length are padded to the same power of two and attend in a batch of their own: 2.7 times as
-    fast, forward and backward, in rows of 512. Padding gets zeros; some position must have a group.
+    fast, forward and backward, in rows of 512. Padding, -1, gets what another position gets.
     """
 
     def __init__(self, group, causal=False):
-        B, T = group.shape
-        self.causal = causal
-        row = torch.arange(B, device=group.device)[:, None]
-        run, length = torch.unique_consecutive(
-            torch.where(group < 0, -1, group + row * (group.max() + 1)), return_counts=True)
-        start, length = (length.cumsum(0) - length)[run >= 0], length[run >= 0]
-        width = (2 ** length.clamp(min=16).log2().ceil().long()).clamp(max=T)
-        slots, self.inside = [], []  # position of each slot; per width, which (n, width) are not padding
-        for w in width.unique().tolist():
-            offset = torch.arange(w, device=group.device)
-            self.inside.append(offset < length[width == w][:, None])
-            slots.append((start[width == w][:, None] + offset * self.inside[-1]).flatten())
-        self.slot, used = torch.cat(slots), torch.cat([i.flatten() for i in self.inside])
-        self.position = torch.zeros(B * T, dtype=torch.long, device=group.device)  # slot of each position
-        self.position[self.slot[used]] = used.nonzero()[:, 0]
-        self.used = (group >= 0).flatten()[:, None]
+        first = (place_in_sentence(group) == 0).flatten().nonzero()[:, 0]  # position of each run, in B T
+        length, used = first.diff(append=torch.tensor([group.numel()])), group.flatten()[first] >= 0
+        width, order = (2 ** length.clamp(min=16).log2().ceil().long()).clamp(max=group.shape[1])[used].sort()
+        first, length = first[used][order], length[used][order]
+        run = torch.repeat_interleave(width)  # of each slot
+        place = torch.arange(len(run)) - (width.cumsum(0) - width)[run]
+        self.causal, self.inside = causal, place < length[run]  # the others are padding
+        self.slot = first[run] + place * self.inside  # the position that each slot holds
+        self.position = torch.zeros(group.numel(), dtype=torch.long)  # the slot of each position
+        self.position[self.slot[self.inside]] = self.inside.nonzero()[:, 0]
+        self.widths, n = (x.tolist() for x in width.unique(return_counts=True))
+        self.sizes = [a * b for a, b in zip(self.widths, n)]  # slots of each width
 
     def attend(self, qkv, rope, n_head):
         """Attention output (B, T, D) of queries, keys and values qkv (B, T, 3 D)."""
-        B, T = qkv.shape[:2]
         x, out = qkv.flatten(0, 1).index_select(0, self.slot), []
-        for inside, part in zip(self.inside, x.split([i.numel() for i in self.inside])):
-            n, w = inside.shape
-            q, k, v = part.view(n, w, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-            q, k = (rotate(x, rope[0][:w], rope[1][:w]).flatten(0, 1) for x in (q, k))  # places in the run
-            score = (q @ k.transpose(1, 2)).float().view(n, n_head, w, w) * q.shape[-1] ** -0.5
-            triangle = torch.ones(w, w, dtype=torch.bool, device=q.device).tril()
-            score = score.masked_fill(~(triangle if self.causal else inside[:, None, None]), -torch.inf)
-            out.append((score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(n * w, -1))
-        return (torch.cat(out).index_select(0, self.position) * self.used).view(B, T, -1)
+        for w, inside, part in zip(self.widths, self.inside.split(self.sizes), x.split(self.sizes)):
+            q, k, v = part.view(len(part) // w, w, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+            q, k = (rotate(x, rope[0][:w], rope[1][:w]) for x in (q, k))  # places in the run
+            later = torch.ones(w, w, dtype=torch.bool).triu(1)
+            score = (q @ k.mT).float() * q.shape[-1] ** -0.5
+            score = score.masked_fill(later if self.causal else ~inside.view(-1, 1, 1, w), -torch.inf)
+            out.append((score.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(len(part), -1))
+        return torch.cat(out).index_select(0, self.position).view(*qkv.shape[:2], -1)
 
 # ----------------------------------------------------------------------------------------------------
 # Transformer: pre-norm, rotary positions, RMSNorm, no biases. Encoder, predictor and decoder are made of it.
@@ -139,14 +139,15 @@ def rotate(x, cos, sin):
 class Block(nn.Module):
     """Attention and a feed-forward layer of 4 D with GELU, each on a normalised copy of the residual stream.
 
-    With `identity`, its output projections start as zeros, so that it starts as the identity.
+    It reads n_embd, n_head and dropout of `config`, and starts by the depth n_layer that it is part of; with
+    `identity`, its output projections start as zeros, so that it starts as the identity.
     """
 
-    def __init__(self, dim, n_head, dropout, n_layer, identity=False):
+    def __init__(self, config, n_layer, identity=False):
         super().__init__()
-        if dim % n_head or (dim // n_head) % 2:
-            raise UserError(f'n_embd={dim} must be an even multiple of n_head={n_head}')
-        self.n_head, self.dropout = n_head, dropout
+        dim, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        if dim % self.n_head or dim // self.n_head % 2:
+            raise UserError(f'n_embd={dim} must be an even multiple of n_head={self.n_head}')
         self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
@@ -158,7 +159,7 @@ class Block(nn.Module):
             nn.init.normal_(layer.weight, std=0.0 if identity else (2 * n_layer * layer.in_features) ** -0.5)
 
     def forward(self, x, rope, mask, cache=None):
-        """x (B, T, D); mask as build_mask gives it, or None; cache (keys, values, length) of a decoder."""
+        """x (B, T, D); mask as build_mask gives it, or None; cache as in `attend`."""
         qkv = self.qkv(self.norm1(x))
         spans = isinstance(mask, Spans)
         y = mask.attend(qkv, rope, self.n_head) if spans else self.attend(qkv, rope, mask, cache)
@@ -167,14 +168,16 @@ class Block(nn.Module):
         return x + F.dropout(y, self.dropout, self.training)
 
     def attend(self, qkv, rope, mask, cache):
-        """Attention output (B, T, D) of queries, keys and values qkv (B, T, 3 D)."""
+        """Attention output (B, T, D) of queries, keys and values qkv (B, T, 3 D).
+
+        The cache (2, B, H, length, dim) has the keys and values of all positions so far; the last T are new.
+        """
         B, T, D = qkv.shape
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, dim)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            keys, values, length = cache
-            keys[:, :, length:length + T], values[:, :, length:length + T] = k, v
-            k, v = keys[:, :, :length + T], values[:, :, :length + T]
+            cache[..., -T:, :] = torch.stack((k, v))
+            k, v = cache
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask)
         else:
@@ -184,15 +187,16 @@ class Block(nn.Module):
 class Transformer(nn.ModuleList):
     """n_layer Blocks and their rotary positions; arguments as of Block."""
 
-    def __init__(self, dim, n_head, dropout, n_layer, identity=False):
-        super().__init__(Block(dim, n_head, dropout, n_layer, identity) for _ in range(n_layer))
-        self.head_dim = dim // n_head
+    def __init__(self, config, n_layer, identity=False):
+        super().__init__(Block(config, n_layer, identity) for _ in range(n_layer))
+        self.head_dim = config.n_embd // config.n_head
 
     def forward(self, x, mask, caches=None, start=0):
-        """x (B, T, dim), from position `start` on -> (B, T, dim); caches: keys, values of each block."""
-        rope = rotary(torch.arange(start, start + x.shape[1], device=x.device), self.head_dim)
+        """x (B, T, dim), from position `start` on -> (B, T, dim); caches (n_layer, 2, B, H, length, dim)."""
+        end = start + x.shape[1]
+        rope = rotary(torch.arange(start, end, device=x.device), self.head_dim)
         for i, block in enumerate(self):
-            x = block(x, rope, mask, caches and (*caches[i], start))
+            x = block(x, rope, mask, caches and caches[i][..., :end, :])
         return x
 
 class Encoder(nn.Module):
@@ -202,41 +206,38 @@ class Encoder(nn.Module):
     (neighbour_embeddings), and random blocks would only blur them.
     """
 
-    def __init__(self, vocab_size, n_layer, n_head, n_embd, dropout=0.0):
+    def __init__(self, config):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, n_embd)  # smaller ones drown in their common mode
-        self.blocks = Transformer(n_embd, n_head, dropout, n_layer, identity=True)
-        self.norm = nn.RMSNorm(n_embd, eps=1e-6)
+        # N(0, 1): smaller ones drown in their common mode
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = Transformer(config, config.n_layer, identity=True)
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
 
     def forward(self, tokens, mask):
         """tokens (B, T), mask as build_mask gives it -> states (B, T, D)."""
         return self.norm(self.blocks(self.embedding(tokens), mask))
 
 class HFEncoder(nn.Module):
-    """A model of `transformers` in Encoder's place, from its configuration as json: same call, own positions.
+    """A model of `transformers` in Encoder's place, of the configuration config.hf: same call, own positions.
 
     Models trained to fill in words see both ways, as Encoder does; those trained to go on see only what came
     before. Raises UserError for a model that cannot be used.
     """
 
-    def __init__(self, config, dropout=0.0):
+    def __init__(self, config):
         super().__init__()
         import transformers  # optional: pip install transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-        config = json.loads(config)
-        config = transformers.AutoConfig.for_model(config.pop('model_type'), **config)
-        config.use_cache = False
-        for name in vars(config):
-            if name.endswith(('dropout', 'dropout_prob', '_pdrop')):
-                setattr(config, name, dropout)
+        config = {name: config.dropout if name.endswith(('dropout', 'dropout_prob', '_pdrop')) else value
+                  for name, value in json.loads(config.hf).items()}
+        config = transformers.AutoConfig.for_model(config.pop('model_type'), **config | {'use_cache': False})
         layers = set(getattr(config, 'layer_types', None) or ['full_attention'])
         self.net = transformers.AutoModel.from_config(config, attn_implementation='sdpa')
         if 'position_ids' not in inspect.signature(self.net.forward).parameters or \
                 layers - {'full_attention', 'sliding_attention'}:
             raise UserError(f'a {config.model_type} model takes no positions or masks in some layer: '
                             'it cannot read packed sentences')
-        if hasattr(self.net, 'pooler'):
-            self.net.pooler = None  # of the first token; it would have no gradient
+        self.net.pooler = None  # of the first token; where there is one, it would have no gradient
         self.causal = type(config) not in MODEL_FOR_MASKED_LM_MAPPING
         self.window = config.sliding_window if 'sliding_attention' in layers else None
         table = getattr(getattr(self.net, 'embeddings', None), 'position_embeddings', None)
@@ -266,11 +267,9 @@ class HFEncoder(nn.Module):
         return self.net(input_ids=tokens, attention_mask=mask, position_ids=position).last_hidden_state
 
 def pretrained(name, tokenizer):
-    """(entries of JEPAConfig, weights for HFEncoder.net) of the `transformers` model of that name or folder,
-    fp32.
+    """(entries of JEPAConfig, fp32 weights for HFEncoder.net) of a `transformers` model: its name or folder.
 
-    Raises UserError where there is none, or where the data have another tokenizer (meta.json's entry
-    `tokenizer`).
+    Raises UserError where there is none, or the data have another tokenizer (meta.json's `tokenizer`).
     """
     try:
         import transformers  # optional
@@ -304,8 +303,7 @@ def sif_weights(counts, a=1e-3):
     return weights / (weights * frequency).sum()
 
 def sentence_mean(h, weights, sentence, n_sentences):
-    """Weighted sum of states h (B, T, D), weights (B, T), over each sentence's tokens, by their number: (B,
-    S, D).
+    """Mean (B, S, D) over each sentence's tokens of states h (B, T, D) times weights (B, T).
 
     fp32, TF32 on CUDA; zero where there is no such sentence. A matrix product, not scatter_add: that one adds
     in no fixed order on CUDA.
@@ -319,8 +317,7 @@ class Whitening(nn.Module):
     """Running mean and covariance of the targets' sentence means, and W = C^-1/2.
 
     In a whitened space every direction has the same variance, so the mean direction, the easiest thing to
-    predict, is gone, and a collapsed model predicts nothing. Eigenvalues are floored at `floor` of their
-    mean.
+    predict, is gone, and a collapsed model predicts nothing. Eigenvalues are at least `floor` of their mean.
     """
 
     def __init__(self, dim, rate=0.99, mean_rate=0.97, floor=0.01):
@@ -337,24 +334,24 @@ class Whitening(nn.Module):
         """
         mean = self.mean if used is None else (z * used[..., None]).sum((0, 1)) / used.sum().clamp(min=1)
         with torch.autocast(z.device.type, enabled=False):
-            return F.normalize((z.float() - mean) @ self.W, dim=-1, eps=0.1)  # most are sqrt(D) long
+            return F.normalize((z - mean) @ self.W, dim=-1, eps=0.1)  # most are sqrt(D) long
 
     @torch.no_grad()
     def moments(self, z, used):
-        """Number, sum and sum of outer products (1 + D + D D,) of the rows of z (B, S, D) that are `used` (B,
-        S).
+        """Sum (1 + D, 1 + D) of the outer products of (1, row) of the rows of z (B, S, D) `used` (B, S).
 
         About the running mean and in float64: small eigenvalues are divided by. Those of batches and ranks
-        add up.
+        add up. The corner counts the rows.
         """
-        x = ((z.float() - self.mean) * used[..., None]).flatten(0, 1).double()
-        return torch.cat((used.sum().double()[None], x.sum(0), (x.T @ x).flatten()))
+        x = F.pad(z - self.mean, (1, 0), value=1.0) * used[..., None]
+        x = x.flatten(0, 1).double()
+        return x.T @ x
 
     @torch.no_grad()
     def update(self, moments, share=None):
         """Take a step's moments into the running ones, by `share`, or 1 - rate and 1 - mean_rate."""
-        n, d = moments[0].clamp(min=1), len(self.mean)
-        mean, cov = moments[1:1 + d] / n, moments[1 + d:].view(d, d) / n
+        moments = moments / moments[0, 0].clamp(min=1)
+        mean, cov = moments[0, 1:], moments[1:, 1:]
         # the mean is followed more closely: one that lags leaves all concepts a direction in common
         self.mean += mean.float() * (share or 1.0 - self.mean_rate)
         self.cov.lerp_((cov - mean.outer(mean)).float(), share or 1.0 - self.rate)
@@ -367,20 +364,19 @@ class Whitening(nn.Module):
         floor = self.floor * value.mean() + 1e-8 * self.mean.square().sum()
         self.W.copy_((vector * value.clamp(min=floor.clamp(min=1e-12)).rsqrt()) @ vector.T)
 
-    def fit(self, batches, all_sum=lambda x: x):
-        """Start from 50 sentences a dimension, or all, of `batches`: pairs (z, used) as in `moments`."""
+    def fit(self, batches):
+        """Start from 50 sentences a dimension, or all, of this rank's batches: (z, used) as in `moments`."""
         total = 0
         for z, used in batches:
             total = total + all_sum(self.moments(z, used))
-            if total[0] >= 50 * len(self.mean):
+            if total[0, 0] >= 50 * len(self.mean):
                 break
         self.update(total, share=1.0)
         self.refresh()
 
 @torch.no_grad()
-def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x: x):
-    """Token embeddings (V, dim) to start from, of length sqrt(dim): each points to the sentences around its
-    own.
+def neighbour_embeddings(batches, weight, dim, passes, own=0.3):
+    """Token embeddings (V, dim) to start from, sqrt(dim) long: each points to the sentences around its own.
 
     A sentence's mean of embeddings, times `weight` (V,), is whitened to a concept; a token's embedding
     becomes the sum of the concepts before and after the sentences it comes in, each over its sentence's
@@ -390,8 +386,7 @@ def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x
     Hotelling 1936, the words' covariance taken as diagonal, as in Dhillon et al. 2015, "Eigenwords"). A pass
     takes seconds where gradient steps take an hour to come as far.
 
-    `batches()` yields this rank's batches (tokens, sentence, document) of one pass; `all_sum` sums over
-    ranks.
+    `batches()` yields this rank's batches (tokens, sentence, document) of one pass.
     """
     random = unit(torch.randn(len(weight), dim, device=weight.device))
     table = random * dim ** 0.5
@@ -400,14 +395,16 @@ def neighbour_embeddings(batches, weight, dim, passes, own=0.3, all_sum=lambda x
         return sentence_mean(table[tokens], weight[tokens], sentence, document.shape[1])
     for _ in range(passes):
         whitening = Whitening(dim).to(weight.device)
-        whitening.fit(((means(*batch), batch[2] >= 0) for batch in batches()), all_sum)
+        whitening.fit((means(*batch), batch[2] >= 0) for batch in batches())
         total = torch.zeros_like(table)
         for tokens, sentence, document in batches():
             z = whitening(means(tokens, sentence, document))  # (B, S, D)
             follows = pairs(document)[..., None]
-            around = F.pad(z[:, :-1] * follows, (0, 0, 1, 0)) + F.pad(z[:, 1:] * follows, (0, 0, 0, 1))
+            around = torch.zeros_like(z)
+            around[:, 1:] += z[:, :-1] * follows
+            around[:, :-1] += z[:, 1:] * follows
             ids = torch.arange(document.shape[1], device=sentence.device)[:, None]
-            around = around / (sentence[:, None] == ids).sum(-1).clamp(min=1)[..., None]
+            around /= (sentence[:, None] == ids).sum(-1, keepdim=True).clamp(min=1)
             row, position = (sentence >= 0).nonzero(as_tuple=True)
             total.index_add_(0, tokens[row, position], around[row, sentence[row, position]])
         table = unit((1 - own) * unit(all_sum(total)) + own * random) * dim ** 0.5
@@ -425,14 +422,15 @@ class Predictor(nn.Module):
     the same in all blocks (those of ALiBi, Press et al. 2022, arXiv:2108.12409, are fixed).
     """
 
-    def __init__(self, n_layer, n_head, n_embd, dropout=0.0, fade=0.4):
+    def __init__(self, config):
         super().__init__()
-        self.slope = nn.Parameter(torch.full((n_head,), fade))
-        self.blocks = Transformer(n_embd, n_head, dropout, n_layer, identity=True)
+        self.slope = nn.Parameter(torch.full((config.n_head,), config.fade))
+        self.blocks = Transformer(config, config.predictor_layer, identity=True)
+        first, same = self.blocks[0], torch.eye(config.n_embd)
         with torch.no_grad():
-            self.blocks[0].qkv.weight[:2 * n_embd] *= 0.1  # scores near 0: nearly equal attention
-            self.blocks[0].qkv.weight[2 * n_embd:] = torch.eye(n_embd)
-            self.blocks[0].proj.weight.copy_(8 * torch.eye(n_embd))
+            first.qkv.weight[:2 * config.n_embd] *= 0.1  # scores near 0: nearly equal attention
+            first.qkv.weight[2 * config.n_embd:] = same
+            first.proj.weight.copy_(8 * same)
 
     def forward(self, concepts, document):
         """Unit-norm concepts (B, S, D), document (B, S) -> predictions (B, S, D), fp32, of any length."""
@@ -459,13 +457,11 @@ class JEPA(nn.Module):
 
     def __init__(self, config: JEPAConfig):
         super().__init__()
-        n_layer, n_head, n_embd, dropout = config.n_layer, config.n_head, config.n_embd, config.dropout
         self.config, self.objective = config, Objective()
-        self.encoder = HFEncoder(config.hf, dropout) if config.hf else \
-            Encoder(config.vocab_size, n_layer, n_head, n_embd, dropout)
+        self.encoder = HFEncoder(config) if config.hf else Encoder(config)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
-        self.whitening = Whitening(n_embd)
-        self.predictor = Predictor(config.predictor_layer, n_head, n_embd, dropout, config.fade)
+        self.whitening = Whitening(config.n_embd)
+        self.predictor = Predictor(config)
         self.register_buffer('token_weight', torch.ones(config.vocab_size))  # in a mean: sif_weights
         self.register_buffer('prediction_scale', torch.ones(()))  # makes a prediction's length its confidence
 
@@ -512,9 +508,11 @@ class JEPA(nn.Module):
         elif alone and not self.objective.frozen:
             read.append(self.whitening(z))
         kind, follows = self.objective.loss, pairs(document)
-        losses = [pair_loss(self.predictor(x, document), concepts, document, kind) for x in read]
-        loss = (sum(losses) / len(losses) * follows).sum()
-        return loss + follows.sum() * self.objective.penalty(means.flatten(0, 1), document.flatten() >= 0)
+        predictions = [self.predictor(x, document) for x in read]
+        with torch.autocast(means.device.type, enabled=False):
+            losses = [pair_loss(p, concepts, document, kind) for p in predictions]
+            loss = (sum(losses) / len(losses) * follows).sum()
+            return loss + follows.sum() * self.objective.penalty(means.flatten(0, 1), document.flatten() >= 0)
 
     @torch.no_grad()
     def update_target(self, momentum):
@@ -543,8 +541,7 @@ class Objective:
         """The regulariser of the rows of x (N, D) that are `used` (N,), times its weight."""
         if self.reg == 'none':
             return 0.0
-        with torch.autocast(x.device.type, enabled=False):
-            return self.reg_weight * (vicreg if self.reg == 'vicreg' else sigreg)(x, used)
+        return self.reg_weight * (vicreg if self.reg == 'vicreg' else sigreg)(x, used)
 
 def pair_loss(p, concepts, document, loss):
     """Loss (B, S - 1), fp32, of predictions p[i] and concepts[i + 1], both (B, S, D); document (B, S).
@@ -552,13 +549,12 @@ def pair_loss(p, concepts, document, loss):
     mse is a mean over dimensions, with concepts of length sqrt(D), as the predictor reads them, and a tenth
     of the prediction: it starts about ten times as long.
     """
-    with torch.autocast(p.device.type, enabled=False):
-        p, z = p[:, :-1].float(), concepts[:, 1:].float()
-        if loss == 'infonce':
-            return infonce(p, concepts, document)
-        if loss == 'mse':
-            return F.mse_loss(0.1 * p, z * z.shape[-1] ** 0.5, reduction='none').mean(-1)
-        return 1 - (unit(p) * z).sum(-1)
+    p, z = p[:, :-1], concepts[:, 1:]
+    if loss == 'infonce':
+        return infonce(p, concepts, document)
+    if loss == 'mse':
+        return F.mse_loss(0.1 * p, z * z.shape[-1] ** 0.5, reduction='none').mean(-1)
+    return 1 - (unit(p) * z).sum(-1)
 
 def infonce(p, concepts, document, temperature=0.1):
     """Cross-entropy (B, S - 1) of telling concepts[i + 1] by p[i] from the batch's others (arXiv:1807.03748).
@@ -567,7 +563,7 @@ def infonce(p, concepts, document, temperature=0.1):
     teach the model not to repeat what it read.
     """
     B, S, _ = concepts.shape
-    logits = F.normalize(p, dim=-1).flatten(0, 1) @ concepts.float().flatten(0, 1).T / temperature
+    logits = unit(p).flatten(0, 1) @ concepts.flatten(0, 1).T / temperature
     index, document = torch.arange(B * S, device=p.device).view(B, S), document.flatten()
     query = index[:, :-1].reshape(-1, 1)
     left_out = (document < 0) | ((document[query] == document) & (index.flatten() <= query))
@@ -579,28 +575,23 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
-        torch.distributed.all_reduce(x)
-        return x
+        return all_sum(x.clone())
 
     @staticmethod
     def backward(ctx, gradient):
-        return SumOverRanks.forward(ctx, gradient)
+        return all_sum(gradient.clone())
 
-def over_ranks(x):
-    """x summed over ranks, with gradient; as it is where there is one process."""
-    return SumOverRanks.apply(x) if torch.distributed.is_initialized() else x
+over_ranks = SumOverRanks.apply
 
 def vicreg(x, used):
-    """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the used rows of x
-    (N, D).
+    """Variance and covariance terms of VICReg (Bardes et al. 2022, arXiv:2105.04906) of the used x (N, D).
 
     The hinge that holds each dimension's standard deviation at 1 or more, and a 25th, the paper's share, of
     the squared covariances off the diagonal over D. Statistics are over all ranks.
     """
     used = used.float()[:, None]
     n = over_ranks(used.sum())
-    x = (x.float() - over_ranks((x * used).sum(0)) / n) * used
+    x = (x - over_ranks((x * used).sum(0)) / n) * used
     cov = over_ranks(x.T @ x) / (n - 1).clamp(min=1)
     spread = F.relu(1 - (cov.diagonal() + 1e-4).sqrt()).mean()
     return spread + (cov - cov.diagonal().diag()).square().sum() / len(cov) / 25
@@ -616,7 +607,7 @@ def sigreg(x, used, directions=256, points=17, reach=5.0):
     n = over_ranks(used.sum())
     a = F.normalize(torch.randn(x.shape[1], directions, device=x.device), dim=0)
     t = torch.linspace(-reach, reach, points, device=x.device)
-    angle = (x.float() @ a)[..., None] * t  # (N, directions, points)
+    angle = (x @ a)[..., None] * t  # (N, directions, points)
     real, imaginary = (over_ranks((f(angle) * used).sum(0)) / n for f in (torch.cos, torch.sin))
     gauss = torch.exp(-t.square() / 2)
     return n * torch.trapezoid(((real - gauss).square() + imaginary.square()) * gauss, t).mean()
@@ -633,16 +624,15 @@ def optimizer_groups(model, embedding_scale=1.0, predictor_scale=1.0):
     tables, groups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}, {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            role = 'predictor' if name.startswith('predictor.') else 'other'
-            role = 'embedding' if id(p) in tables else role
-            groups.setdefault((role, p.dim() >= 2 and role != 'embedding'), []).append(p)
-    scales = {'embedding': embedding_scale, 'predictor': predictor_scale, 'other': 1.0}
-    return [{'params': part, 'scale': scales[role], 'decays': decays}
-            for (role, decays), part in groups.items()]
+            key = id(p) in tables, name.startswith('predictor.'), p.dim() >= 2
+            groups.setdefault(key, []).append(p)
+    return [{'params': part, 'decays': matrix and not table,
+             'scale': embedding_scale if table else predictor_scale if predictor else 1.0}
+            for (table, predictor, matrix), part in groups.items()]
 
 def unit(x):
     """x (..., D) in fp32 at length 1; a zero vector stays zero."""
-    return F.normalize(x.float(), dim=-1, eps=1e-12)
+    return F.normalize(x.float(), dim=-1)
 
 def fit_scale(p, z):
     """The scalar a that minimises sum |a p - z|^2 over rows of p, z (n, D), tensors or arrays."""
@@ -651,22 +641,10 @@ def fit_scale(p, z):
 def skill(p, z, mean):
     """1 - sum |p - z|^2 / sum |mean - z|^2 for p and unit-norm z (n, D) and the train targets' mean (D,).
 
-    Above 0: better than always predicting the mean. A constant predictor, or a collapsed space, gets 0 or
-    less.
+    Above 0: better than always predicting the mean. A constant or a collapsed space gets 0 or less.
     """
     error, base = (p - z).square().sum(), (mean - z).square().sum()
     return (1 - error / base).item() if base > 1e-9 * len(z) else 0.0  # no variance: nothing explained
-
-def worst_ranks(similar, true, allowed):
-    """Ranks (n,) from 1 of column true[i] among the allowed columns of similar (n, m); ties take the worst
-    rank.
-
-    `allowed` is boolean (n, m). The tolerance covers what one matrix product rounds differently between
-    columns.
-    """
-    beats = (similar >= similar.gather(1, true[:, None]) - 1e-6) & allowed
-    beats.scatter_(1, true[:, None], False)
-    return 1 + beats.sum(1)
 
 def rank_me(x):
     """RankMe (Garrido et al. 2023, arXiv:2210.02885) of x (n, D): exp of its singular values' entropy."""
@@ -690,25 +668,17 @@ class DecoderConfig:
     n_prefix: int = 2
     dropout: float = 0.0
 
-def place_in_sentence(sentence):
-    """Place (B, T), from 0, of each position in its sentence, of sentence (B, T)."""
-    place = torch.arange(sentence.shape[1], device=sentence.device).expand_as(sentence)
-    first = F.pad(sentence[:, 1:] != sentence[:, :-1], (1, 0), value=True)
-    return place - torch.where(first, place, 0).cummax(1).values
-
 def at_positions(x, index):
     """x[b, index[b, t]] of x (B, N, D) and index (B, T): (B, T, D)."""
     row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + row).flatten()).unflatten(0, index.shape)
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Sum of counted (N,) times the cross-entropy in nats of target (N,) given what the head (V, D) reads, x
-    (N, D).
+    """Sum of counted (N,) times the cross-entropy in nats of target (N,): the head (V, D) reads x (N, D).
 
     A chunk of positions at a time, and with `learn` the gradient made on the way: all logits at once, in
     fp32, are most of the memory of a small model with a large vocabulary, and on a CPU moving them costs as
-    much as making them. The vocabulary is padded to a multiple of 64, or an odd one slows every product on a
-    GPU.
+    much as making them. The vocabulary is padded to a multiple of 64: an odd one slows products on a GPU.
     """
 
     @staticmethod
@@ -742,8 +712,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         return gx * gradient, gh * gradient, None, None, None
 
 class Decoder(nn.Module):
-    """Causal transformer over [prefix of the concept, tokens of the sentence]; many sentences packed in a
-    row.
+    """Causal transformer over [prefix of the concept, tokens of the sentence], many sentences in a row.
 
     A concept's direction is what it says, its length how sure that is: 1 (longer counts as 1) for a
     sentence's own, less for a prediction, 0 for no concept.
@@ -759,7 +728,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, dim)
         self.prefix = nn.Linear(width, config.n_prefix * dim, bias=False)
         self.no_concept = nn.Parameter(0.2 * torch.randn(config.n_prefix * dim))  # the prefix without one
-        self.blocks = Transformer(dim, config.n_head, config.dropout, config.n_layer)
+        self.blocks = Transformer(config, config.n_layer)
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.direct = nn.Linear(width, dim, bias=False)  # P
         self.emitted_gain = nn.Parameter(torch.full((dim,), 2.0))
@@ -770,8 +739,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, concepts, token_weight):
-        """Start E and P from the concepts (V, concept_dim) of single tokens, so that E P c is c's bag of
-        words.
+        """Start E and P from the concepts (V, concept_dim) of single tokens: E P c is c's bag of words.
 
         P are their principal directions, as many as n_embd has room for; E is each token in them, 1 long on
         average. token_weight (V,) is the encoder's. Without this a decoder needs thousands of steps to find
@@ -805,7 +773,7 @@ class Decoder(nn.Module):
         the next one, the last one the end of the sentence.
         """
         n_prefix, place, own = self.config.n_prefix, place_in_sentence(sentence), sentence.clamp(min=0)
-        last = F.pad(sentence[:, 1:] != sentence[:, :-1], (0, 1), value=True)
+        last = F.pad(place[:, 1:] == 0, (0, 1), value=True)
         target = torch.where(last, self.config.eos, F.pad(tokens[:, 1:], (0, 1)))
         counted = (sentence >= 0) & (place >= n_prefix - 1)
         prefix, direct, confidence = self.read_concepts(concepts)
@@ -832,32 +800,29 @@ class Decoder(nn.Module):
         temperature 0 takes the likeliest token; otherwise samples, among the top_k likeliest (0: all) and the
         likeliest that make up top_p of the probability. No n-gram of no_repeat_ngram_size tokens comes twice.
         """
-        config, n, device = self.config, len(concepts), concepts.device
+        config, n = self.config, len(concepts)
         x, direct, confidence = self.read_concepts(concepts)
-        mask = build_mask(torch.zeros(1, config.n_prefix, device=device), causal=True)
-        shape = (n, config.n_head, config.n_prefix + max_tokens, self.blocks.head_dim)
-        kind = device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        caches = [[torch.empty(shape, device=device, dtype=dtype) for _ in 'kv'] for _ in self.blocks]
-        out = torch.empty(n, max_tokens, dtype=torch.long, device=device)
-        done = torch.zeros(n, dtype=torch.bool, device=device)
-        emitted_sum, length = torch.zeros(n, config.n_embd, device=device), 0
-        for i in range(max_tokens):
+        mask = build_mask(torch.zeros(1, config.n_prefix, device=x.device), causal=True)
+        shape = 2, n, config.n_head, config.n_prefix + max_tokens, self.blocks.head_dim
+        caches = [direct.new_empty(shape) for _ in self.blocks]  # of autocast's type
+        out, emitted_sum, length = [], 0, 0
+        done = torch.zeros(n, dtype=torch.bool, device=x.device)
+        while len(out) < max_tokens and not done.all():
             x = self.blocks(x, mask, caches, length)
             state = self.norm(x[:, -1]) + confidence * (direct - self.emitted_gain * emitted_sum)
             logits = F.linear(state, self.embedding.weight).float()
-            ban_repeats(logits, out[:, :i], no_repeat_ngram_size)
+            ban_repeats(logits, out, no_repeat_ngram_size)
             token = sample(logits, temperature, top_k, top_p, generator)
-            out[:, i], done = token, done | (token == config.eos)
-            if done.all():
-                return out[:, :i + 1]
+            out.append(token)
+            done |= token == config.eos
             emitted_sum, length, mask = emitted_sum + self.token_vectors(token), length + x.shape[1], None
             x = self.embedding(token)[:, None]
-        return out
+        return torch.stack(out, 1)
 
 def ban_repeats(logits, written, size):
-    """Set to -inf the logits (n, V) of tokens that would repeat an n-gram of `size` of written (n, i)."""
-    if 0 < size <= written.shape[1]:
+    """Set to -inf the logits (n, V) of tokens that would repeat an n-gram of `size` of `written`, (n,) each."""
+    if 0 < size <= len(written):
+        written = torch.stack(written, 1)  # (n, i)
         grams = written.unfold(1, size, 1)  # (n, i - size + 1, size)
         newest = written[:, None, written.shape[1] - size + 1:]
         row, place = (grams[..., :-1] == newest).all(-1).nonzero(as_tuple=True)
@@ -872,7 +837,8 @@ def sample(logits, temperature, top_k, top_p, generator=None):
         logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
     if top_p < 1:
         value, index = logits.sort(descending=True)
-        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)  # mass of the likelier ones
+        p = value.softmax(-1)
+        before = p.cumsum(-1) - p  # mass of the likelier ones
         logits = logits.scatter(-1, index, value.masked_fill(before >= top_p, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -903,11 +869,11 @@ def as_texts(given, name):
         texts += as_texts(item, f'{name}[{i}]')
     return texts
 
-def packed(documents, batch_size, prefix=0):
+def packed(documents, batch_size, device, prefix=0):
     """Documents, lists of id arrays, one a row, those of like length together.
 
-    Yields indices of documents (n,), tokens (n, T), and the sentence (n, T) of each, -1 in padding. `prefix`
-    free positions precede each sentence.
+    Yields indices of documents (n,), and on the device tokens (n, T) and the sentence (n, T) of each, -1 in
+    padding. `prefix` free positions precede each sentence.
     """
     if batch_size < 1:
         raise UserError(f'batch_size={batch_size}: expected 1 or more')
@@ -921,7 +887,7 @@ def packed(documents, batch_size, prefix=0):
             for number, ids in enumerate(documents[i]):
                 start, end = end, end + prefix + len(ids)
                 sentence[row, start:end], tokens[row, start + prefix:end] = number, ids
-        yield index, torch.from_numpy(tokens), torch.from_numpy(sentence)
+        yield index, torch.from_numpy(tokens).to(device), torch.from_numpy(sentence).to(device)
 
 class SentenceEncoder:
     """Sentences to concepts, and windows of sentences to the concept expected next. From load_encoder."""
@@ -968,10 +934,10 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def encode_tokens(self, sequences, batch_size=64, show_progress_bar=None) -> np.ndarray:
-        """As encode, from token ids. A bar is shown on a terminal from 10,000 sentences on, or as told."""
+        """As encode, from token ids. After 3 seconds a bar is shown, by default on a terminal alone."""
         out = np.empty((len(sequences), self.dim), dtype=np.float32)
-        hide = len(sequences) < 10_000 or None if show_progress_bar is None else not show_progress_bar
-        with tqdm(total=len(sequences), desc='encode', unit='sentence', disable=hide, leave=False) as bar:
+        hide = None if show_progress_bar is None else not show_progress_bar
+        with tqdm(total=len(sequences), desc='encode', delay=3, disable=hide, leave=False) as bar:
             for index, z in self.means(sequences, batch_size):
                 out[index] = self.model.whitening(z)[:, 0].cpu().numpy()
                 bar.update(len(index))
@@ -979,27 +945,25 @@ class SentenceEncoder:
 
     def means(self, sequences, batch_size=64):
         """Yields (indices, sentence means (n, 1, d), not whitened), one sentence a row."""
-        for index, *row in packed([[s[:self.max_seq_length]] for s in sequences], batch_size):
-            tokens, sentence = (x.to(self.device) for x in row)
+        documents = [[s[:self.max_seq_length]] for s in sequences]
+        for index, tokens, sentence in packed(documents, batch_size, self.device):
             with self.autocast:
                 z = self.model.targets(tokens, sentence, sentence[:, :1], build_mask(sentence))
             yield index, z
 
     def predict_next(self, sentences) -> np.ndarray:
-        """The concept expected after `sentences`, oldest first: float32 (d,); (n, d) for a list of such
-        lists.
+        """The concept expected after `sentences`, oldest first: float32 (d,); of a list of such lists (n, d).
 
-        Its length, mostly under 1, says how sure it is, as ConceptDecoder reads it. Raises UserError where
-        there is no sentence.
+        Its length, mostly under 1, says how sure it is. Raises UserError where there is no sentence.
         """
-        given = list(sentences) if is_sequence(sentences) else sentences
-        many = isinstance(given, list) and bool(given) and all(map(is_sequence, given))
+        given = list(sentences) if is_sequence(sentences) else [sentences]
+        many = given and all(map(is_sequence, given))
         windows = [as_texts(w, 'sentences') for w in (given if many else [given])]
         if not all(windows):
             raise UserError('predict_next needs at least one sentence')
-        ends = np.cumsum([len(w) for w in windows])
-        tokens = self.tokenizer.encode_batch([t for w in windows for t in w])
-        out = self.predict_windows(tokens, list(zip(ends - [len(w) for w in windows], ends)))
+        tokens = self.tokenizer.encode_batch([text for w in windows for text in w])
+        ends = np.cumsum([0, *map(len, windows)])
+        out = self.predict_windows(tokens, list(pairwise(ends)))
         return out if many else out[0]
 
     @torch.inference_mode()
@@ -1010,16 +974,12 @@ class SentenceEncoder:
         """
         if self.model.config.context == 'concepts':
             return self.roll(self.encode_tokens(sequences, batch_size), windows)
-        out = np.empty((len(windows), self.dim), np.float32)
+
+        def predict(tokens, sentence, document):
+            mask = self.model.masks(sentence, document)[1]
+            return self.model.predict(tokens, sentence, document, mask)
         documents = [[s[:self.max_seq_length] for s in sequences[a:b]] for a, b in windows]
-        for index, *row in packed(documents, batch_size):
-            tokens, sentence = (x.to(self.device) for x in row)
-            n = sentence.amax(1, keepdim=True)  # of each row's last sentence
-            document = torch.where(torch.arange(n.max() + 1, device=self.device) <= n, 0, -1)
-            with self.autocast:
-                p = self.model.predict(tokens, sentence, document, self.model.masks(sentence, document)[1])
-            out[index] = self.last(p, document)
-        return out
+        return self.after(windows, documents, predict, batch_size)
 
     @torch.inference_mode()
     def roll(self, concepts, windows, batch_size=256) -> np.ndarray:
@@ -1029,33 +989,32 @@ class SentenceEncoder:
         """
         if self.model.config.context != 'concepts':
             raise UserError("a model of context='tokens' cannot be rolled forward without text")
-        out, read = np.empty((len(windows), self.dim), np.float32), unit(torch.from_numpy(concepts))
-        for rows, index, document in packed([[np.arange(*w)] for w in windows], batch_size):
-            document = document.to(self.device)
-            with self.autocast:
-                p = self.model.predictor(read[index].to(self.device), document)
-            out[rows] = self.last(p, document)
-        return out
+        read, rows = unit(torch.from_numpy(concepts).to(self.device)), [[np.arange(*w)] for w in windows]
+        return self.after(windows, rows, lambda i, _, document: self.model.predictor(read[i], document),
+                          batch_size)
 
-    def last(self, p, document):
-        """Of predictions p (B, S, D), those after each row's last sentence, scaled, as numpy (B, D)."""
-        p = p[torch.arange(len(p), device=p.device), (document >= 0).sum(1) - 1]
-        return (self.model.prediction_scale * p).float().cpu().numpy()
+    def after(self, windows, documents, predict, batch_size):
+        """The prediction after each window, scaled, by predict(tokens, sentence, document) of packed rows."""
+        out, n = np.empty((len(windows), self.dim), np.float32), np.array([b - a for a, b in windows])
+        for index, *row in packed(documents, batch_size, self.device):
+            document = torch.zeros(len(index), n[index].max(), dtype=torch.long, device=self.device)
+            with self.autocast:
+                p = predict(*row, document)[np.arange(len(index)), n[index] - 1]
+            out[index] = (self.model.prediction_scale * p).cpu().numpy()
+        return out
 
     @torch.inference_mode()
     def random(self, sequences, seed):
-        """The same architecture and pooling with random weights, whitened on `sequences` (token ids): a
-        baseline.
+        """A baseline: architecture and pooling with random weights, whitened on `sequences` (token ids).
 
-        Not the trained one at step 0: its embeddings start from their neighbours, which is learned from text
-        too.
+        Not the trained one at step 0: its embeddings start from their neighbours, which is learned too.
         """
         torch.manual_seed(seed)
         config = self.model.config
         jepa = JEPA(config if config.hf else replace(config, n_layer=0))  # layers start as the identity
         jepa.token_weight.copy_(self.model.token_weight)
         out = SentenceEncoder(jepa, self.tokenizer, self.device, self.dtype)
-        jepa.whitening.fit((z, torch.ones_like(z[..., 0], dtype=torch.bool)) for _, z in out.means(sequences))
+        jepa.whitening.fit((z, torch.ones_like(z[..., 0])) for _, z in out.means(sequences))
         return out
 
 class ConceptDecoder:
@@ -1068,8 +1027,7 @@ class ConceptDecoder:
 
     def generate(self, concepts, temperature=0.0, top_k=0, top_p=1.0, max_tokens=64, batch_size=64, seed=0,
                  no_repeat_ngram_size=2):
-        """list[str]: a sentence for each of the concepts (n, d) or (d,), numpy or tensor; same seed, same
-        samples.
+        """list[str]: a sentence for each of the concepts (n, d) or (d,); same seed, same samples.
 
         A concept's length is how sure it is: that of `encode` is 1, that of `predict_next` less; of 0,
         anything is written. No n-gram of no_repeat_ngram_size tokens comes twice in a sentence; 0: any may.
@@ -1093,20 +1051,18 @@ class ConceptDecoder:
                 ids = net.generate(part.to(self.device), max_tokens, temperature, top_k, top_p, generator,
                                    no_repeat_ngram_size)
             for row in ids.tolist():
-                texts.append(self.tokenizer.decode(row[:row.index(eos)] if eos in row else row))
+                texts.append(self.tokenizer.decode(row[:[*row, eos].index(eos)]))
         return texts
 
     @torch.inference_mode()
     def nll(self, sequences, concepts=None, contexts=None, batch_size=64) -> np.ndarray:
-        """Nats (n,) that each token sequence costs given its concept (n, d), its end included; None: no
-        concept.
+        """Nats (n,) that each token sequence and its end cost given its concept (n, d); None: given none.
 
         contexts: for each sequence the sequences before it, oldest first, which a language model reads.
         """
         net, out = self.model, np.empty(len(sequences))
         documents = [[*before, own] for before, own in zip(contexts or [[]] * len(sequences), sequences)]
-        for index, *row in packed(documents, batch_size, net.config.n_prefix):
-            tokens, sentence = (x.to(self.device) for x in row)
+        for index, tokens, sentence in packed(documents, batch_size, self.device, net.config.n_prefix):
             last = sentence.amax(1, keepdim=True)
             given = torch.zeros(len(index), last.max() + 1, net.config.concept_dim, device=self.device)
             if concepts is not None:
@@ -1116,25 +1072,25 @@ class ConceptDecoder:
                 x, target, counted = net.states(tokens, sentence, given, mask)
                 counted &= sentence == last
                 logits = F.linear(x[counted], net.embedding.weight)
-            loss = torch.zeros(target.shape, device=self.device)
+            loss = torch.zeros_like(target, dtype=torch.float32)
             loss[counted] = F.cross_entropy(logits.float(), target[counted], reduction='none')
             out[index] = loss.double().sum(1).cpu().numpy()
         return out
 
+def with_weights(wrapper, net, state, device, dtype):
+    """The wrapper (SentenceEncoder or ConceptDecoder) of `net`, with what its checkpoint `state` holds."""
+    net.load_state_dict(state['model'])
+    out = wrapper(net, load_tokenizer(state['tokenizer']), device, dtype)
+    out.settings, out.step = state['settings'], state['step']
+    out.fingerprint = state.get('fingerprint') or net.fingerprint()  # a decoder keeps that of its encoder
+    return out
+
 def load_encoder(path, device='auto', dtype='float32') -> SentenceEncoder:
     """The encoder saved at `path`, a file or an out_dir. Raises UserError, also for a device not there."""
     state = load_checkpoint(path, 'encoder')
-    jepa = JEPA(JEPAConfig(**state['config']))
-    jepa.load_state_dict(state['model'])
-    encoder = SentenceEncoder(jepa, load_tokenizer(state['tokenizer']), device, dtype)
-    encoder.settings, encoder.step, encoder.fingerprint = state['settings'], state['step'], jepa.fingerprint()
-    return encoder
+    return with_weights(SentenceEncoder, JEPA(JEPAConfig(**state['config'])), state, device, dtype)
 
 def load_decoder(path, device='auto', dtype='float32', kind='decoder') -> ConceptDecoder:
     """The decoder, or `kind` 'language_model', saved at `path`, a file or an out_dir. Raises UserError."""
     state = load_checkpoint(path, kind)
-    net = Decoder(DecoderConfig(**state['config']))
-    net.load_state_dict(state['model'])
-    out = ConceptDecoder(net, load_tokenizer(state['tokenizer']), device, dtype)
-    out.settings, out.step, out.fingerprint = state['settings'], state['step'], state['fingerprint']
-    return out
+    return with_weights(ConceptDecoder, Decoder(DecoderConfig(**state['config'])), state, device, dtype)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import model as lib
 from config import UserError, override
-from config.run import Run
+from config.run import Run, all_sum
 from prepare import Corpus
 
 # ----------------------------------------------------------------------------------------------------
@@ -73,27 +73,27 @@ settings = override(
 # ----------------------------------------------------------------------------------------------------
 # Setup: ranks, device, data, the frozen encoder
 
-COLUMNS = ['val_loss', 'val_shuffled', 'val_unconditional', 'val_information', 'val_predicted_information']
+MEASURES = ['val_loss', 'val_shuffled', 'val_unconditional', 'val_information', 'val_predicted_information']
 if predicted_share + concept_dropout >= 1:
     raise UserError(f'--predicted_share={predicted_share} and --concept_dropout={concept_dropout} leave no '
                     'sentence its concept')
 kind = 'language_model' if language_model else 'decoder'
 name = kind + '_init' * (os.path.basename(encoder_path) == 'encoder_init.pt')  # of the files
-run = Run(settings, kind, COLUMNS, name)
+run = Run(settings, kind, MEASURES, name)
 encoder = lib.load_encoder(encoder_path or out_dir, run.device)
 jepa = encoder.model
 data_dir = data_dir or encoder.settings['data_dir']
 train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
-if encoder.tokenizer.spec['sha256'] != train_data.meta['tokenizer']['sha256']:
+tokenizer = train_data.meta['tokenizer']
+if encoder.tokenizer.spec['sha256'] != tokenizer['sha256']:
     raise UserError(f"{data_dir} has another tokenizer than the encoder read: prepare it with that one")
 run.read(train_data, val_data, n_prefix)
 
 # ----------------------------------------------------------------------------------------------------
 # Model: from scratch, or the checkpoint of a run that was stopped
 
-config = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'concept_dim': encoder.dim,
-          'eos': train_data.tokenizer.eos, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd,
-          'n_prefix': n_prefix, 'dropout': dropout}
+config = {'vocab_size': tokenizer['n_vocab'], 'concept_dim': encoder.dim, 'eos': train_data.tokenizer.eos,
+          'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'n_prefix': n_prefix, 'dropout': dropout}
 fixed = {k: v for k, v in config.items() if k != 'dropout'} | {'encoder': f'{encoder.fingerprint:.6g}'}
 state = run.resume(fixed)
 torch.manual_seed(seed)
@@ -103,11 +103,11 @@ if state:
 else:  # its token embeddings start as the concepts of single tokens
     concepts = torch.from_numpy(encoder.encode_tokens([[i] for i in range(config['vocab_size'])], 1024))
     model.start_from(concepts.to(run.device), jepa.token_weight)
-forward = run.build(model, lib.optimizer_groups(model), state, tokenizer=train_data.meta['tokenizer'],
+forward = run.build(model, lib.optimizer_groups(model), state, tokenizer=tokenizer,
                     fingerprint=encoder.fingerprint)
 targets = run.compiled(jepa.targets)
-attention, encoder_attention = (lib.attention_path(run.device_type, run.compile, hf)
-                                for hf in (False, bool(jepa.config.hf)))
+attention = lib.attention_path(run.device_type, run.compile)
+encoder_attention = 'mask' if jepa.config.hf else attention
 del state
 
 # ----------------------------------------------------------------------------------------------------
@@ -157,10 +157,9 @@ def evaluate():
                 sums[j] += forward(tokens, sentence, c, mask).double()
         sums[4] += (sentence >= 0).sum() - (n_prefix - 1) * (document >= 0).sum()
     model.train()
-    sums = run.all_sum(sums)
+    all_sum(sums)
     given, shuffled, none, predicted = (sums[:4] / sums[4]).tolist()
-    return {'val_loss': given, 'val_shuffled': shuffled, 'val_unconditional': none,
-            'val_information': none - given, 'val_predicted_information': none - predicted}
+    return dict(zip(MEASURES, (given, shuffled, none, none - given, none - predicted)))
 
 # ----------------------------------------------------------------------------------------------------
 # Loop

@@ -9,14 +9,13 @@ The same command goes on from a run that was stopped. Writes to out_dir: encoder
 
 import math
 import sys
-import time
 
 import torch
 from tqdm import tqdm
 
 import model as lib
 from config import UserError, override
-from config.run import Run, half_cosine
+from config.run import Run, all_sum, half_cosine
 from prepare import Corpus
 
 # ----------------------------------------------------------------------------------------------------
@@ -90,11 +89,11 @@ settings = override(
 # Setup: ranks, device, data
 
 # loss is the objective's, regulariser included; val_loss is 1 - cos whatever that is, so that runs compare
-COLUMNS = ['ema', 'predictions_per_s', 'train_skill', 'val_loss', 'val_skill', 'val_copy_skill',
-           'val_window_skill', 'val_cos_unrelated', 'val_rank']
+MEASURES = ['train_skill', 'val_loss', 'val_skill', 'val_copy_skill', 'val_window_skill', 'val_cos_unrelated',
+            'val_rank']
 if target == 'shared' and context != 'concepts':
     raise UserError('--target=shared needs --context=concepts: one view for both sides')
-run = Run(settings, 'encoder', COLUMNS, 'encoder')
+run = Run(settings, 'encoder', ['ema', *MEASURES], 'encoder')
 train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
 for corpus in (train_data, val_data):
     if corpus.n_sentences == corpus.n_documents:
@@ -107,19 +106,18 @@ run.read(train_data, val_data)
 # ----------------------------------------------------------------------------------------------------
 # Model: from scratch, from a pretrained one, or the checkpoint of a run that was stopped
 
-config = {'vocab_size': train_data.meta['tokenizer']['n_vocab'], 'n_layer': n_layer, 'n_head': n_head,
-          'n_embd': n_embd, 'predictor_layer': predictor_layer, 'dropout': dropout, 'context': context,
-          'fade': fade}
-fixed = {k: settings[k] for k in ('n_layer', 'n_head', 'n_embd', 'predictor_layer', 'freeze_encoder',
-                                  'context', 'pooling', 'whiten')}
-fixed |= {'tokenizer': train_data.meta['tokenizer']['sha256']}
+tokenizer = train_data.meta['tokenizer']
+shape = {k: settings[k] for k in ('n_layer', 'n_head', 'n_embd', 'predictor_layer', 'context')}
+config = shape | {'vocab_size': tokenizer['n_vocab'], 'dropout': dropout, 'fade': fade}
+fixed = shape | {'freeze_encoder': freeze_encoder, 'pooling': pooling, 'whiten': whiten,
+                 'tokenizer': tokenizer['sha256']}
 if init_from != 'resume':
     fixed |= {'backbone': init_from.removeprefix('scratch')}
 state, weights = run.resume(fixed), None
 if state:
     config = state['config'] | {'dropout': dropout}
 elif init_from.startswith('hf:'):
-    found, weights = lib.pretrained(init_from[3:], train_data.meta['tokenizer'])
+    found, weights = lib.pretrained(init_from[3:], tokenizer)
     config |= found  # n_layer, n_head and n_embd are the pretrained model's
 elif init_from != 'scratch':
     raise UserError(f"--init_from={init_from}: expected 'scratch', 'resume' or 'hf:<name or folder>'")
@@ -131,16 +129,16 @@ model.whitening.rate, model.whitening.floor = whiten_rate, whiten_floor
 n_embd = model.config.n_embd
 if weights:
     model.encoder.net.load_state_dict(weights)
-    model.target.net.load_state_dict(weights)
+    model.update_target(0.0)
 if state:
     model.load_state_dict(state['model'])
 elif pooling == 'sif':
     model.token_weight.copy_(lib.sif_weights(torch.from_numpy(train_data.token_counts())))
 model.to(run.device)
 groups = lib.optimizer_groups(model, 1.0 if model.config.hf else embedding_lr_scale, predictor_lr_scale)
-forward = run.build(model, groups, state, tokenizer=train_data.meta['tokenizer'])
+forward = run.build(model, groups, state, tokenizer=tokenizer)
 targets = run.compiled(model.targets)
-attention = lib.attention_path(run.device_type, run.compile, bool(model.config.hf))
+attention = 'mask' if model.config.hf else lib.attention_path(run.device_type, run.compile)
 del state, weights
 
 # ----------------------------------------------------------------------------------------------------
@@ -160,15 +158,13 @@ def sentence_means(tokens, sentence, document, own=None):
         return targets(tokens, sentence, document, own), document >= 0
 
 if not run.step and start_passes and not model.config.hf:
-    began, n_start = time.time(), min(start_tokens, train_data.n_tokens)
+    n_start = min(start_tokens, train_data.n_tokens)
     run.say(f'token embeddings start from {start_passes} passes over {n_start / 1e6:.1f}M tokens')
-    table = lib.neighbour_embeddings(first_batches, model.token_weight, n_embd, start_passes,
-                                     all_sum=run.all_sum)
+    table = lib.neighbour_embeddings(first_batches, model.token_weight, n_embd, start_passes)
     model.encoder.embedding.weight.data.copy_(table)
-    model.target.embedding.weight.data.copy_(table)
-    run.say(f'the start took {time.time() - began:.0f} s')
+    model.update_target(0.0)
 if not run.step and whiten:
-    model.whitening.fit((sentence_means(*batch) for batch in first_batches()), run.all_sum)
+    model.whitening.fit(sentence_means(*batch) for batch in first_batches())
 
 # ----------------------------------------------------------------------------------------------------
 # Evaluation: what tells learning from collapse
@@ -194,19 +190,18 @@ def evaluate():
     model.eval()
     p, z, last, window, _ = neighbours(train_data, max(run.eval_iters // 2, 1))
     mean, (scale, *scales) = z.mean(0), [lib.fit_scale(x, z) for x in (p, last, window)]
-    model.prediction_scale.copy_(run.all_sum(scale) / run.world_size)
+    model.prediction_scale.copy_(all_sum(scale) / run.world_size)
     train_skill = lib.skill(model.prediction_scale * p, z, mean)
     p, z, last, window, document = neighbours(val_data, run.eval_iters)
     copy_skill, window_skill = (lib.skill(a * x, z, mean) for a, x in zip(scales, (last, window)))
     half, cosine = len(z) // 2, (lib.unit(p) * z).sum(1)
     unrelated = (lib.unit(p) * z.roll(half, 0)).sum(1)[document != document.roll(half)]
-    values = {'train_skill': train_skill, 'val_loss': 1 - cosine.mean(),
-              'val_skill': lib.skill(model.prediction_scale * p, z, mean), 'val_copy_skill': copy_skill,
-              'val_window_skill': window_skill, 'val_cos_unrelated': unrelated.sum() / max(len(unrelated), 1),
-              'val_rank': lib.rank_me(z - z.mean(0))}
-    total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=run.device)
+    values = torch.tensor([  # in the order of MEASURES
+        train_skill, 1 - cosine.mean(), lib.skill(model.prediction_scale * p, z, mean), copy_skill,
+        window_skill, unrelated.sum() / max(len(unrelated), 1), lib.rank_me(z - z.mean(0))],
+        dtype=torch.float64, device=run.device)
     model.train()
-    return dict(zip(values, (run.all_sum(total) / run.world_size).tolist()))
+    return dict(zip(MEASURES, (all_sum(values) / run.world_size).tolist()))
 
 def describe(v):
     """What an evaluation found, and what looks like collapse, in words."""
@@ -251,7 +246,7 @@ while True:
     # clipping, optimizer, whitening, moving average
     run.update()
     if whiten and not freeze_encoder:
-        model.whitening.update(run.all_sum(moments))
+        model.whitening.update(all_sum(moments))
         if (run.step + 1) % whiten_interval == 0:
             model.whitening.refresh()
     ema = half_cosine(run.step, max_iters, ema_start, ema_end) if target == 'ema' else 0.0

@@ -52,6 +52,12 @@ def lr_at(step: int, s: dict) -> float:
     total = (s['lr_decay_iters'] or s['max_iters']) - warmup
     return half_cosine(step - warmup, total, rate, s['min_lr'] or rate / 10)
 
+def all_sum(x):
+    """The tensor x summed over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
 class Run:
     """A training process: its rank, device and dtype, the step it is at, and what it writes to out_dir.
 
@@ -60,12 +66,11 @@ class Run:
     """
 
     def __init__(self, s: dict, kind: str, columns: list[str], name: str):
-        self.s, self.kind, self.name = s, kind, name
-        self.columns = ['step', 'epoch', 'tokens', 'seconds', 'lr', 'loss', 'grad_norm', 'tokens_per_s']
-        self.columns += columns
-        suffix = '' if name == 'encoder' else f'_{name}'
-        self.metrics = os.path.join(s['out_dir'], f'metrics{suffix}.csv')
-        self.config = os.path.join(s['out_dir'], f'config{suffix}.json')
+        self.s, self.kind, self.name, self.out_dir = s, kind, name, s['out_dir'] or '.'
+        self.columns = ['step', 'epoch', 'tokens', 'seconds', 'lr', 'loss', 'grad_norm', 'tokens_per_s',
+                        *columns]
+        self.suffix = '' if name == 'encoder' else f'_{name}'
+        self.metrics = f'{self.out_dir}/metrics{self.suffix}.csv'
         self.step, self.seen, self.seconds, self.best = 0, 0, 0.0, -math.inf
         self.signal, self.stopping = 0, False
         self.rank, self.world_size, local = ranks()
@@ -84,19 +89,13 @@ class Run:
             backend = 'cpu:gloo,cuda:nccl' if self.device_type == 'cuda' else 'gloo'
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
         if self.dtype == 'auto':  # bfloat16 only where the hardware multiplies it
-            fast = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-                    'cpu': torch.cpu._is_avx512_bf16_supported}.get(self.device_type, bool)
-            self.dtype = 'bfloat16' if fast() else 'float32'
+            fast = torch.cuda.is_bf16_supported(including_emulation=False) if self.device_type == 'cuda' \
+                else torch.cpu._is_avx512_bf16_supported()
+            self.dtype = 'bfloat16' if fast else 'float32'
         if self.compile == 'auto':  # on a CPU plain code is faster: tests/results/first_edition
             self.compile = self.device_type == 'cuda'
         self.autocast = autocast(self.device, self.dtype)
         torch.set_float32_matmul_precision('high')  # fp32 products are TF32 on CUDA
-
-    def all_sum(self, x):
-        """The tensor x summed over all ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(x)
-        return x
 
     def compiled(self, f):
         """The module or function f, compiled where this run compiles."""
@@ -122,7 +121,7 @@ class Run:
         Raises UserError where an entry of `fixed`, {name: value}, was another when it was written. Every
         other setting that changed is printed and taken.
         """
-        path, self.fixed = os.path.join(self.s['out_dir'], f'{self.name}.pt'), fixed
+        path, self.fixed = f'{self.out_dir}/{self.name}.pt', fixed
         if self.s['init_from'] != 'resume' and not os.path.exists(path):
             return None
         state = load_checkpoint(path, self.kind)
@@ -131,12 +130,12 @@ class Run:
                 raise UserError(f"'{path}' was trained with {name}={old}, not {value}: set it back, or take "
                                 'another --out_dir')
         was = state['settings']
-        changed = {k: (was.get(k), v) for k, v in self.s.items() if was.get(k) != v}
+        changed = [k for k, v in self.s.items() if was.get(k) != v]
         self.say(f"going on from step {state['step']} of {path}",
-                 *(f'  {name} is now {new!r}, was {old!r}' for name, (old, new) in changed.items()))
+                 *(f'  {k} is now {self.s[k]!r}, was {was.get(k)!r}' for k in changed))
         self.step, self.seen, self.seconds = state['step'], state['seen'], state['seconds']
         self.fixed = state['fixed'] | fixed
-        if not changed.keys() & {'data_dir', 'eval_iters', 'batch_size', 'block_size', 'max_sentences'}:
+        if not {'data_dir', 'eval_iters', 'batch_size', 'block_size', 'max_sentences'}.intersection(changed):
             self.best = state['best']  # else it was measured on other sentences
         return state
 
@@ -162,16 +161,16 @@ class Run:
 
     def begin(self):
         """Make the files of a run, cut its first batches, and save before it leaves on a signal."""
-        self.first, self.counted = self.step, [0, 0]
+        self.first, self.logged = self.step, self.seen
         self.since = self.began = time.time()
         if self.rank == 0:
-            os.makedirs(self.s['out_dir'] or '.', exist_ok=True)
+            os.makedirs(self.out_dir, exist_ok=True)
             kept = []
             if self.step and os.path.exists(self.metrics):  # rows after this step are written again
                 with open(self.metrics, encoding='utf-8') as f:
                     kept = [line for line in list(f)[1:] if int(line.partition(',')[0]) <= self.step]
             write_file(self.metrics, ','.join(self.columns) + '\n' + ''.join(kept))
-            write_file(self.config, json.dumps(self.s, indent=1))
+            write_file(f'{self.out_dir}/config{self.suffix}.json', json.dumps(self.s, indent=1))
         self.bar = tqdm(total=self.s['max_iters'], initial=self.step, unit='step',
                         disable=self.rank > 0 or not sys.stderr.isatty())
         self.loader = ThreadPoolExecutor(1)
@@ -199,14 +198,13 @@ class Run:
 
     def tensors(self, corpus, *which, **how) -> list:
         """tokens, sentence, document of a batch; arguments as of Corpus.batch."""
-        batch = corpus.batch(*which, **self.rows, **how)
-        return [torch.from_numpy(batch[k]) for k in ('tokens', 'sentence', 'document')]
+        return list(map(torch.from_numpy, corpus.batch(*which, **self.rows, **how).values()))
 
     def to_device(self, batch) -> list:
         """The tensors of a batch on the device; the copy to a GPU waits for nothing."""
-        if self.device_type != 'cuda':
-            return [x.to(self.device) for x in batch]
-        return [x.pin_memory().to(self.device, non_blocking=True) for x in batch]
+        if self.device_type == 'cuda':
+            batch = [x.pin_memory() for x in batch]
+        return [x.to(self.device, non_blocking=True) for x in batch]
 
     # ------------------------------------------------------------------------------------------------
     # A step: next_batches, count, and for each of on_device a backward; then update, log_step
@@ -219,9 +217,8 @@ class Run:
 
     def count(self, *counts: int) -> list[int]:
         """Tokens, and others, of a step over all ranks; notes whether some rank was asked to stop."""
-        total = torch.tensor([*counts, int(self.signal > 0)])  # on the CPU: a GPU is not waited for
-        *counts, self.stopping = self.all_sum(total).tolist()
-        self.counted = [a + b for a, b in zip(self.counted, counts)]
+        total = torch.tensor([*counts, self.signal])  # on the CPU: a GPU is not waited for
+        *counts, self.stopping = all_sum(total).tolist()
         self.seen += counts[0]
         return counts
 
@@ -254,11 +251,11 @@ class Run:
         self.step += 1
         self.bar.update(1)
         if self.step % self.s['log_interval'] == 0 or self.evaluates() or self.stopping:
-            loss, norm, elapsed = self.all_sum(self.loss).item(), self.norm.item(), time.time() - self.since
-            speed = {k: n / elapsed for k, n in zip(('tokens_per_s', 'predictions_per_s'), self.counted)}
-            self.log({'lr': self.lr, 'loss': loss, 'grad_norm': norm, **row, **speed})
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed['tokens_per_s']:,.0f} tokens/s")
-            self.counted = [0, 0]
+            loss, norm = all_sum(self.loss).item(), self.norm.item()
+            speed = (self.seen - self.logged) / (time.time() - self.since)
+            self.log({'lr': self.lr, 'loss': loss, 'grad_norm': norm, 'tokens_per_s': speed, **row})
+            self.bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s')
+            self.logged = self.seen
 
     # ------------------------------------------------------------------------------------------------
     # What a run leaves
@@ -288,10 +285,7 @@ class Run:
         self.log(values)
         done = self.step - self.first
         minutes = (time.time() - self.began) / 60 / max(done, 1) * (self.s['max_iters'] - self.step)
-        left = f' | {minutes:.1f} min left' if done else ''
-        if self.rank == 0:
-            tqdm.write(f'step {self.step}: {text}{left}', file=sys.stdout)
-            sys.stdout.flush()
+        self.say(f'step {self.step}: {text}' + (f' | {minutes:.1f} min left' if done else ''))
         if self.step == 0 and self.name == 'encoder':
             self.save('_init')
         elif self.step:
@@ -309,7 +303,7 @@ class Run:
             state |= {'optimizer': self.optimizer.state_dict(), 'fixed': self.fixed, 'seen': self.seen,
                       'seconds': self.seconds, 'best': self.best}
         if self.rank == 0:
-            save_checkpoint(os.path.join(self.s['out_dir'], f'{self.name}{suffix}.pt'), state)
+            save_checkpoint(f'{self.out_dir}/{self.name}{suffix}.pt', state)
 
     def end(self, hint: str):
         """Save where the run was stopped, and leave: exit code 0 at the end, 128 + n after signal n."""
@@ -320,15 +314,16 @@ class Run:
             dist.barrier()
             dist.destroy_process_group()
         if self.step < self.s['max_iters']:
-            self.say(f"stopped at step {self.step}, saved to {self.s['out_dir']}: the same command goes on")
+            self.say(f'stopped at step {self.step}, saved to {self.out_dir}: the same command goes on')
             sys.exit(128 + (self.signal or signal.SIGTERM))
         minutes = self.seconds / 60
-        self.say(f"{self.s['out_dir']} has {self.step} steps, {minutes:.1f} minutes of training. {hint}")
+        self.say(f'{self.out_dir} has {self.step} steps, {minutes:.1f} minutes of training. {hint}')
 
     def say(self, *lines: str):
-        """Print lines from the first rank."""
+        """Print lines from the first rank, above its bar."""
         if self.rank == 0:
-            print(*lines, sep='\n', flush=True)
+            tqdm.write('\n'.join(lines), file=sys.stdout)
+            sys.stdout.flush()
 
 def save_checkpoint(path: str, state: dict):
     """Write `state` whole or not at all. Raises OSError."""
@@ -340,7 +335,7 @@ def save_checkpoint(path: str, state: dict):
 def load_checkpoint(path: str, kind: str) -> dict:
     """The checkpoint of `kind` at `path`, or in that out_dir, on the CPU. Raises UserError: what to do."""
     path = os.path.expanduser(path)
-    path = os.path.join(path, f'{kind}.pt') if os.path.isdir(path) else path
+    path = f'{path}/{kind}.pt' if os.path.isdir(path) else path
     if not os.path.exists(path):
         script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
         raise UserError(f"no {kind} at '{path}': train one with {script}, or give its --out_dir")

@@ -113,7 +113,8 @@ class Bench:
 
     def language_model(self):
         B, T = self.a.batch_size, self.a.block_size
-        net = LanguageModel(self.vocab, self.layers, self.heads, self.width).to(self.a.device)
+        config = lib.JEPAConfig(self.vocab, self.layers, self.heads, self.width)
+        net = LanguageModel(config).to(self.a.device)
         forward, update = self.compiled(net), self.updates(net)
         tokens = torch.randint(self.vocab, (B, T), device=self.a.device)
 
@@ -138,8 +139,8 @@ class Bench:
 class LanguageModel(lib.Encoder):
     """Tokens (B, T) to the cross-entropy of the next ones, as nanoGPT; head and embedding are one."""
 
-    def __init__(self, *config):
-        super().__init__(*config)
+    def __init__(self, config):
+        super().__init__(config)
         for block in self.blocks:
             block.attend = lambda qkv, rope, *_, heads=block.n_head: causal(qkv, rope, heads)
 

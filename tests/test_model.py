@@ -96,10 +96,10 @@ def test_flex_attention_sees_what_the_masks_say(batch, context, monkeypatch):
 
 @pytest.mark.parametrize('forward', [False, True])
 def test_spans_equal_a_mask(batch, forward):
-    """Forward and backward, through two blocks; padding gets zeros and gives no gradient."""
+    """Forward and backward, through two blocks; padding gives no gradient."""
     sentence = batch[1][:, :100].clone()
     sentence[0, 60:], sentence[1] = -1, 0  # one is cut short, and one is long: its width is the row's
-    block, rope = lib.Block(32, 2, 0.0, 2), lib.rotary(torch.arange(100), 16)
+    block, rope = lib.Block(decoder().config, 2), lib.rotary(torch.arange(100), 16)
     used = (sentence >= 0)[..., None]
     x, weight, found = torch.randn(3, 100, 32), torch.randn(3, 100, 32) * used, []
     for path in ('mask', 'spans'):
@@ -476,6 +476,7 @@ def test_windows_equal_packed_rows(corpus, context):
     assert np.allclose(encoder.predict_windows(sentences, windows, batch_size=2), packed, atol=1e-5)
     assert np.allclose(encoder.predict_next(text), packed[-1], atol=1e-4)
     assert np.allclose(encoder.predict_next(iter([text[:2], tuple(text)])), packed[[1, -1]], atol=1e-4)
+    assert np.isfinite(encoder.predict_next([text[0], ''])).all()
     z = encoder.encode_tokens(sentences)
     with contextlib.nullcontext() if context == 'concepts' else pytest.raises(UserError, match='tokens'):
         assert np.allclose(encoder.roll(3 * z, windows, batch_size=3), packed, atol=1e-5)
@@ -523,6 +524,8 @@ def test_arguments_that_mean_nothing_are_refused(encoder):
     for call, values, says in refused:
         with pytest.raises(UserError, match=says):
             call(*values)
+    with pytest.raises(ValueError, match='could not convert'):
+        writer.generate('He went.')
     with pytest.raises(TypeError):
         encoder.encode(SENTENCES, batchsize=3)
     texts = writer.generate(c, max_tokens=5)
@@ -537,8 +540,8 @@ def saved(corpus, tmp_path):
     """An out_dir with an encoder, a decoder and a language model."""
     for kind, net in (('encoder', jepa()), ('decoder', decoder()), ('language_model', decoder())):
         save_checkpoint(str(tmp_path / f'{kind}.pt'), {
-            'kind': kind, 'config': vars(net.config), 'model': net.state_dict(), 'fingerprint': 3.0,
-            'tokenizer': corpus.meta['tokenizer'], 'settings': {'seed': 1}, 'step': 7})
+            'kind': kind, 'config': vars(net.config), 'model': net.state_dict(), 'settings': {'seed': 1},
+            'step': 7, 'tokenizer': corpus.meta['tokenizer'], 'fingerprint': 3.0 * (kind != 'encoder')})
     return tmp_path
 
 def test_loading(saved, monkeypatch):

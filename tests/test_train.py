@@ -39,8 +39,8 @@ def both(data, out, straight):
 def rows(path):
     """metrics.csv without its clocks."""
     with open(path) as f:
-        return [{k: v for k, v in r.items() if k not in ('seconds', 'tokens_per_s', 'predictions_per_s')}
-                for r in csv.DictReader(f)]
+        return [{k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_s')}
+                for row in csv.DictReader(f)]
 
 def evaluations(path):
     """The evaluations of a run: {column: number}, first to last."""
