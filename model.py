@@ -820,7 +820,7 @@ class Decoder(nn.Module):
         return torch.stack(out, 1)
 
 def ban_repeats(logits, written, size):
-    """Set to -inf the logits (n, V) of tokens that would repeat an n-gram of `size` of `written`, (n,) each."""
+    """Set logits (n, V) to -inf where a token would repeat an n-gram of `size` of `written`, each (n,)."""
     if 0 < size <= len(written):
         written = torch.stack(written, 1)  # (n, i)
         grams = written.unfold(1, size, 1)  # (n, i - size + 1, size)

@@ -80,8 +80,8 @@ NO_END = re.compile(r'(?:^(?:[-*•>#]+ )?\(?(?:\d{1,3}(?:\.\d{1,3}){0,3}|[A-Za-
                     r'|\b(?:et al|[Ee]qs?|[Ff]igs?|[Rr]efs?|[Ss]ecs?)\.(?=\n[\d(\[])|\](?=\n[a-z]))\n')
 
 def clean(text: str) -> str:
-    """`text` with white space folded to single spaces, a leading BOM dropped, and '?' for lone surrogates."""
-    return ' '.join(text.encode('utf-8', 'replace').decode().split()).lstrip('\ufeff ')
+    """`text` with white space folded to single spaces, byte order marks dropped, '?' for lone surrogates."""
+    return ' '.join(text.encode('utf-8', 'replace').decode().replace('\ufeff', '').split())
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of `text`, none empty, each as `clean` leaves it. A line break ends a sentence."""
