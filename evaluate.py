@@ -44,8 +44,8 @@ max_scored = 400  # sentences scored for information
 sts = ''  # files of sentence pairs with a score: file[,file]; 'hub' downloads STS-B
 judge = ''  # folder or name of a sentence-transformers model that compares what was written with the truth
 prompt = ''  # instead of the evaluation: sentences to reconstruct and go on from; '-' reads standard input
-steps = 1  # sentences to go on for, each read as it was written
-num_samples = 1  # such continuations
+steps = 1  # sentences to write after it, each fed back as input
+num_samples = 1  # continuations to write
 max_new_tokens = 64  # of a sentence
 temperature = 0.0  # 0 takes the likeliest token
 top_k = 0  # sample among so many likeliest; 0: all
@@ -129,7 +129,7 @@ def draws(values, document, weights=None):
 def spearman(a, b):
     """Spearman's correlation x 100 of a and b (n,), average ranks for ties, as draws; 0 of a constant.
 
-    To six places: what a product rounds differently is no order.
+    Rounded to six places, so that rounding errors make no order.
     """
     x, y = (rankdata(np.round(v, 6)) for v in (a, b))
     x, y = ((v - v.mean()) / max(v.std(), 1e-9) for v in (x, y))
@@ -344,7 +344,7 @@ class Study(Pairs):
 # The parts of the evaluation: each takes a Study and returns {section: {row: {column: cell}}}
 
 def information(s):
-    """Nats a token that the truth costs less given a concept than given the best that knows nothing."""
+    """Nats a token that the truth costs less given a concept than given the best baseline without one."""
     m, lm, some = s.model, s.language_model, spread(s.target, max_scored)
     if not m.decoder:
         return {}

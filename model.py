@@ -58,7 +58,7 @@ def build_mask(group, causal=False, order=None, path='mask'):
         if order is not None:
             return inside & (order[b, k] <= order[b, q])
         return inside & (k <= q) if causal else inside
-    if path == 'flex':  # in one mode of autograd and autocast, or it would be compiled once for each
+    if path == 'flex':  # with autograd and autocast off, so that it is compiled once
         with torch.no_grad(), torch.autocast('cuda', enabled=False):
             return compiled_block_mask(seen, B, None, T, T, device=group.device)
     return seen(b, 0, t[:, None], t)[:, None]
@@ -89,11 +89,11 @@ def attention_path(device_type, compiled):
     return 'spans' if device_type == 'cpu' and not compiled else 'mask'
 
 class Spans:
-    """In a mask's place: each position attends within its run of equal `group` (B, T), both ways or causally.
+    """Replaces the mask on a CPU: a position attends within its run of equal `group` (B, T), causally or not.
 
     A row has some twenty sentences, so a mask over it is nearly all False, and a CPU computes all of it. Here
     runs of like length are padded to the same power of two and attend in a batch of their own: 2.7 times as
-    fast, forward and backward, in rows of 512. Padding, -1, gets what another position gets.
+    fast, forward and backward, in rows of 512. The output at padding, -1, means nothing.
     """
 
     def __init__(self, group, causal=False):
@@ -208,7 +208,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # N(0, 1): smaller ones drown in their common mode
+        # N(0, 1): in smaller ones what all have in common dominates
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = Transformer(config, config.n_layer, identity=True)
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
@@ -220,7 +220,7 @@ class Encoder(nn.Module):
 class HFEncoder(nn.Module):
     """A model of `transformers` in Encoder's place, of the configuration config.hf: same call, own positions.
 
-    Models trained to fill in words see both ways, as Encoder does; those trained to go on see only what came
+    Masked language models attend both ways, as Encoder does; causal ones only to what came
     before. Raises UserError for a model that cannot be used.
     """
 
@@ -253,8 +253,7 @@ class HFEncoder(nn.Module):
     def forward(self, tokens, mask):
         """tokens (B, T), mask boolean (B, 1, T, T) -> states (B, T, D).
 
-        Positions count from the first token that one sees, of its sentence or its document; past the model's
-        last they stay there.
+        Positions count from the first token that a token attends to, up to the model's last one.
         """
         t = torch.arange(tokens.shape[1], device=tokens.device)
         position = (t - mask[:, 0].byte().argmax(-1)).clamp(max=self.max_positions - 1) + self.first_position
@@ -340,8 +339,8 @@ class Whitening(nn.Module):
     def moments(self, z, used):
         """Sum (1 + D, 1 + D) of the outer products of (1, row) of the rows of z (B, S, D) `used` (B, S).
 
-        About the running mean and in float64: small eigenvalues are divided by. Those of batches and ranks
-        add up. The corner counts the rows.
+        About the running mean and in float64, as W divides by small eigenvalues. Moments add up
+        over batches and ranks. [0, 0] counts the rows.
         """
         x = F.pad(z - self.mean, (1, 0), value=1.0) * used[..., None]
         x = x.flatten(0, 1).double()
@@ -352,7 +351,7 @@ class Whitening(nn.Module):
         """Take a step's moments into the running ones, by `share`, or 1 - rate and 1 - mean_rate."""
         moments = moments / moments[0, 0].clamp(min=1)
         mean, cov = moments[0, 1:], moments[1:, 1:]
-        # the mean is followed more closely: one that lags leaves all concepts a direction in common
+        # a higher rate: a mean that lags leaves all concepts a component in common
         self.mean += mean.float() * (share or 1.0 - self.mean_rate)
         self.cov.lerp_((cov - mean.outer(mean)).float(), share or 1.0 - self.rate)
 
@@ -360,7 +359,7 @@ class Whitening(nn.Module):
     def refresh(self):
         """Recompute W from the covariance, in fp32."""
         value, vector = torch.linalg.eigh(self.cov)
-        # rounding leaves about 1e-8 of the mean's square where all sentences are equal: that is no direction
+        # rounding leaves about 1e-8 of the mean's square where all sentences are equal: floored too
         floor = self.floor * value.mean() + 1e-8 * self.mean.square().sum()
         self.W.copy_((vector * value.clamp(min=floor.clamp(min=1e-12)).rsqrt()) @ vector.T)
 
@@ -381,8 +380,8 @@ def neighbour_embeddings(batches, weight, dim, passes, own=0.3):
     A sentence's mean of embeddings, times `weight` (V,), is whitened to a concept; a token's embedding
     becomes the sum of the concepts before and after the sentences it comes in, each over its sentence's
     length (without that, STS-B is a point lower), and a share `own` of a random vector, which keeps words of
-    one topic apart; and so again, `passes` times. It is where the loss would pull the embeddings, were the
-    encoder linear: orthogonal iteration towards what neighbouring sentences share (canonical correlation,
+    one topic apart; this is repeated `passes` times. The loss would pull embeddings there if the encoder
+    were linear: orthogonal iteration towards what neighbouring sentences share (canonical correlation,
     Hotelling 1936, the words' covariance taken as diagonal, as in Dhillon et al. 2015, "Eigenwords"). A pass
     takes seconds where gradient steps take an hour to come as far.
 
@@ -417,9 +416,9 @@ class Predictor(nn.Module):
     """Causal transformer over the sentences of a document: p[i] is the concept expected at i + 1.
 
     It starts as the last concept plus 8 times a mean of the concepts so far, weighted exp(-fade) for each
-    sentence of distance: the output projections are zero but for the first attention. The last sentence tells
-    place, the mean tells topic. Attention scores fall with distance by a slope that is learned for each head,
-    the same in all blocks (those of ALiBi, Press et al. 2022, arXiv:2108.12409, are fixed).
+    sentence of distance: the output projections are zero but for the first attention. The last concept is the
+    local context, the mean the topic. Attention scores fall with distance by a slope that is learned for each
+    head, the same in all blocks (those of ALiBi, Press et al. 2022, arXiv:2108.12409, are fixed).
     """
 
     def __init__(self, config):
@@ -449,7 +448,7 @@ class JEPAConfig:
     predictor_layer: int = 2
     dropout: float = 0.0
     context: str = 'concepts'
-    fade: float = 0.4  # of the predictor's attention at first, a sentence
+    fade: float = 0.4  # initial slope of the predictor's attention, per sentence of distance
     hf: str = ''  # configuration, as json, of a transformers model in the encoder's place
 
 class JEPA(nn.Module):
@@ -557,7 +556,7 @@ def pair_loss(p, concepts, document, loss):
     return 1 - (unit(p) * z).sum(-1)
 
 def infonce(p, concepts, document, temperature=0.1):
-    """Cross-entropy (B, S - 1) of telling concepts[i + 1] by p[i] from the batch's others (arXiv:1807.03748).
+    """Cross-entropy (B, S - 1) of finding concepts[i + 1] among the batch's, given p[i] (arXiv:1807.03748).
 
     Cosine similarity over the temperature. Sentences of the document up to i are no negatives: they would
     teach the model not to repeat what it read.
@@ -714,7 +713,7 @@ class HeadCrossEntropy(torch.autograd.Function):
 class Decoder(nn.Module):
     """Causal transformer over [prefix of the concept, tokens of the sentence], many sentences in a row.
 
-    A concept's direction is what it says, its length how sure that is: 1 (longer counts as 1) for a
+    A concept's direction is its content, its length the confidence: 1 (longer counts as 1) for a
     sentence's own, less for a prediction, 0 for no concept.
 
     logits = E (norm(x) + confidence * (P direction - emitted_gain * emitted_sum)), with E the table of token
@@ -846,8 +845,7 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 # What other programs use: text in, arrays or text out
 
 def is_sequence(x):
-    """Whether x holds items to go through: no text or record, no array of no dimension, no data frame, which
-    gives its columns."""
+    """Whether x is an iterable, but no str, bytes, mapping, array without dimensions or data frame."""
     return (isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping)) and not hasattr(x, 'columns')
             and getattr(x, 'ndim', 1) > 0)
 
@@ -985,7 +983,7 @@ class SentenceEncoder:
     def roll(self, concepts, windows, batch_size=256) -> np.ndarray:
         """As predict_windows, from concepts (n, d), predictions among them or not: needs context='concepts'.
 
-        All count alike, whatever their length: fed back, predictions would grow longer and no surer.
+        Inputs are normalised: fed back as they are, predictions grow longer and no better.
         """
         if self.model.config.context != 'concepts':
             raise UserError("a model of context='tokens' cannot be rolled forward without text")

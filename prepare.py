@@ -88,7 +88,7 @@ def split_sentences(text: str) -> list[str]:
     import sentencex  # compiled; only the processes that split need it
     sentences = []
     for paragraph in text.splitlines():
-        # Few need cleaning (U+00A0 can make sentencex panic). Of ASCII, isprintable takes longer to tell.
+        # Few need cleaning (U+00A0 can make sentencex panic). In ASCII two searches beat isprintable.
         odd = '\t' in paragraph or '\x1f' in paragraph if paragraph.isascii() else not paragraph.isprintable()
         if odd or '  ' in paragraph:
             paragraph = clean(paragraph)
@@ -114,7 +114,7 @@ def encode_pieces(text, encode, max_tokens) -> list[np.ndarray]:
 
 def encode_documents(texts, encode, max_tokens):
     """Of each text: (token ids of its sentences end to end, length of each, at most max_tokens)."""
-    for i in range(0, len(texts), 64):  # many in one call, since a call is dear
+    for i in range(0, len(texts), 64):  # many in one call, since each has a fixed cost
         documents = list(map(split_sentences, texts[i:i + 64]))
         rest, rest_lengths = encode([s for sentences in documents for s in sentences])
         for sentences in documents:
@@ -138,7 +138,7 @@ END = '<|endoftext|>'  # between texts that are tokenized together
 
 class Tokenizer:
     """Text to ids and back, by meta.json's entry `spec`, which holds all that it needs: a checkpoint carries
-    it. n_vocab counts `eos`, which ends a sentence. Special tokens' own text is text. Raises UserError.
+    it. n_vocab counts `eos`, which ends a sentence. What spells a special token is text. Raises UserError.
     """
 
     @as_user_error('load the tokenizer', KINDS)
@@ -149,7 +149,7 @@ class Tokenizer:
             self._library = tokenizers.Tokenizer.from_str(spec['json'])
             self._library.no_padding()
             self._library.no_truncation()
-            self._library.encode_special_tokens = True  # their own text is text
+            self._library.encode_special_tokens = True  # text that spells one is text
             self._decode = functools.partial(self._library.decode, skip_special_tokens=False)
             return
         import tiktoken
@@ -171,7 +171,7 @@ class Tokenizer:
         """(Ids of all texts end to end, length of each), int64; each text is as `clean` leaves it."""
         if 'json' in self.spec:
             rows = [row.ids for row in self._library.encode_batch(texts, add_special_tokens=False)]
-        else:  # a call costs more than a short sentence does: all as one, cut at the ends of text
+        else:  # one call for all, cut at END: its fixed cost exceeds a short sentence's
             ids = self._library.encode_to_numpy(END.join(texts), allowed_special={END}, disallowed_special=())
             ends = np.flatnonzero(ids == self.eos)
             if len(ends) == len(texts) - 1:  # else END stands in a text
@@ -275,7 +275,7 @@ def read_bible():
         yield ' '.join(text[start:end].strip() for (_, start), (_, end) in verses)
 
 def read_hub(s, place, rank, world_size):
-    """This rank's documents of a data set on the hub, from place['start'] on; place['stream'] tells where."""
+    """This rank's documents of a data set on the hub, from place['start'] on; sets place['stream']."""
     with as_user_error(f"read '{s['dataset']}', no file here, from the hub", '--dataset takes a file or a '
                        "quoted glob of .txt, .jsonl or .parquet, 'web-bible', or a name on the hub with "
                        '--dataset_config and --dataset_split; once it answers the same command goes on'):

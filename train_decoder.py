@@ -2,7 +2,7 @@
 
     python train_decoder.py config/decoder_demo.py
     torchrun --nproc_per_node=8 train_decoder.py config/decoder_fineweb.py
-    python train_decoder.py config/decoder_demo.py --language_model=True    what predictions are compared with
+    python train_decoder.py config/decoder_demo.py --language_model=True    a baseline for evaluate.py
 
 The same command goes on from a run that was stopped. Writes to out_dir, which may be the encoder's:
 decoder.pt (newest), decoder_best.pt (lowest validation loss), metrics_decoder.csv, config_decoder.json;
@@ -132,7 +132,7 @@ def inputs(tokens, sentence, document):
     return lib.build_mask(sentence, causal=True, path=attention), jepa.whitening(z), before
 
 def draw(concepts, predictions):
-    """What training gives: concepts (B, S, D) with a little noise, predictions of them, or none: zeros."""
+    """Training's input for each sentence (B, S, D): its concept with noise, a prediction of it, or zeros."""
     if language_model:
         return concepts
     share = torch.rand(*concepts.shape[:2], 1, device=concepts.device)
@@ -147,7 +147,7 @@ def evaluate():
     sums = torch.zeros(5, dtype=torch.float64, device=run.device)
     for tokens, sentence, document in run.validation_batches(val_data, run.eval_iters):
         mask, concepts, predictions = inputs(tokens, sentence, document)
-        # half a batch away in the order of documents: of another one, unless one has half the sentences
+        # rolled by half a batch in the order of documents: of another one, unless one has half the sentences
         order = document.flatten().argsort(stable=True)[(document < 0).sum():]
         others = concepts.flatten(0, 1).clone()
         others[order] = others[order.roll(len(order) // 2)]

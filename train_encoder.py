@@ -37,9 +37,9 @@ n_layer = 12
 n_head = 12
 n_embd = 768  # width of states and concepts
 predictor_layer = 4
-fade = 0.4  # a sentence counts exp(-fade) times as much to the predictor as the one after it, at first
+fade = 0.4  # initial weight in the predictor's attention per sentence of distance: exp(-fade)
 dropout = 0.0
-freeze_encoder = False  # True: only the predictor learns, from concepts that stand still; steps are faster
+freeze_encoder = False  # True: only the predictor learns, from fixed concepts; steps are faster
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 start_passes = 4  # over the text, to start token embeddings from (model.neighbour_embeddings); 0: random ones
 start_tokens = 20_000_000  # read in each at most
@@ -58,8 +58,8 @@ whiten_floor = 0.01  # eigenvalues below this share of their mean are raised to 
 whiten_interval = 10  # steps between recomputations of C^-1/2
 # optimizer: AdamW
 learning_rate = 6e-4
-embedding_lr_scale = 10.0  # token embeddings from scratch learn so many times as fast
-predictor_lr_scale = 0.3  # the predictor, so many: at 1 it forgets more of what retrieves a sentence
+embedding_lr_scale = 10.0  # multiplies the learning rate of token embeddings from scratch
+predictor_lr_scale = 0.3  # and the predictor's: at 1 retrieval gets worse
 max_iters = 100_000
 weight_decay = 0.05  # on a half cosine to weight_decay_end
 weight_decay_end = 0.05
@@ -88,7 +88,7 @@ settings = override(
 # ----------------------------------------------------------------------------------------------------
 # Setup: ranks, device, data
 
-# loss is the objective's, regulariser included; val_loss is 1 - cos whatever that is, so that runs compare
+# loss is the objective's, regulariser included; val_loss is always 1 - cos, so that runs compare
 MEASURES = ['train_skill', 'val_loss', 'val_skill', 'val_copy_skill', 'val_window_skill', 'val_cos_unrelated',
             'val_rank']
 if target == 'shared' and context != 'concepts':
@@ -186,7 +186,7 @@ def neighbours(corpus, n):
     return map(torch.cat, zip(*parts))
 
 def evaluate():
-    """Validation measures, the same on all ranks; the prediction's scale is fitted on the way."""
+    """Validation measures, the same on all ranks; also fits model.prediction_scale."""
     model.eval()
     p, z, last, window, _ = neighbours(train_data, max(run.eval_iters // 2, 1))
     mean, (scale, *scales) = z.mean(0), [lib.fit_scale(x, z) for x in (p, last, window)]
@@ -204,7 +204,7 @@ def evaluate():
     return dict(zip(MEASURES, (all_sum(values) / run.world_size).tolist()))
 
 def describe(v):
-    """What an evaluation found, and what looks like collapse, in words."""
+    """The measures of an evaluation, and signs of collapse, as one line."""
     signs = {f"predictions point at unrelated sentences too (cosine {v['val_cos_unrelated']:.2f})":
              v['val_cos_unrelated'] > 0.5,
              f"concepts fill {v['val_rank']:.0f} of {n_embd} dimensions":

@@ -147,7 +147,7 @@ class Run:
         """
         self.model, self.saved = model, saved
         self.optimizer = torch.optim.AdamW(groups, betas=(self.s['beta1'], self.s['beta2']), fused=True)
-        if state:  # its moments, with the settings of now
+        if state:  # its moments, with the current settings
             moments = {'state': state['optimizer']['state']}
             self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
         self.forward = self.compiled(model)
@@ -160,7 +160,7 @@ class Run:
         return self.forward
 
     def begin(self):
-        """Make the files of a run, cut its first batches, and save before it leaves on a signal."""
+        """Write the files of a run, start loading batches, and save before it ends on a signal."""
         self.first, self.logged = self.step, self.seen
         self.since = self.began = time.time()
         if self.rank == 0:
@@ -201,7 +201,7 @@ class Run:
         return list(map(torch.from_numpy, corpus.batch(*which, **self.rows, **how).values()))
 
     def to_device(self, batch) -> list:
-        """The tensors of a batch on the device; the copy to a GPU waits for nothing."""
+        """The tensors of a batch on the device; the copy to a GPU is asynchronous."""
         if self.device_type == 'cuda':
             batch = [x.pin_memory() for x in batch]
         return [x.to(self.device, non_blocking=True) for x in batch]
@@ -210,14 +210,14 @@ class Run:
     # A step: next_batches, count, and for each of on_device a backward; then update, log_step
 
     def next_batches(self) -> list:
-        """As micro_batches, of this step; the next ones are cut in the background meanwhile."""
+        """As micro_batches, of this step; a thread loads the next step's meanwhile."""
         batches = self.upcoming.result()
         self.upcoming = self.loader.submit(self.micro_batches, self.step + 1)
         return batches
 
     def count(self, *counts: int) -> list[int]:
-        """Tokens, and others, of a step over all ranks; notes whether some rank was asked to stop."""
-        total = torch.tensor([*counts, self.signal])  # on the CPU: a GPU is not waited for
+        """Sum counts of a step, tokens first, over ranks; sets `stopping` if a rank has got a signal."""
+        total = torch.tensor([*counts, self.signal])  # on the CPU: no wait for a GPU
         *counts, self.stopping = all_sum(total).tolist()
         self.seen += counts[0]
         return counts
@@ -232,7 +232,7 @@ class Run:
 
     def backward(self, loss):
         """Add the gradients of a micro-batch's share of the step's loss."""
-        (loss * self.world_size).backward()  # DDP averages over ranks, but shares are of all of them
+        (loss * self.world_size).backward()  # undoes DDP's average: losses are shares of all ranks'
         self.loss = self.loss + loss.detach()
 
     def update(self):
@@ -258,7 +258,7 @@ class Run:
             self.logged = self.seen
 
     # ------------------------------------------------------------------------------------------------
-    # What a run leaves
+    # Metrics and checkpoints
 
     def evaluates(self) -> bool:
         """Whether this step is evaluated: the first one, every eval_interval and the last."""
@@ -271,7 +271,7 @@ class Run:
         self.seconds, self.since = self.seconds + now - self.since, now
         for name, value in row.items():
             if not math.isfinite(value):
-                raise UserError(f'step {self.step}: {name} is not finite. Checkpoints are older and whole; '
+                raise UserError(f'step {self.step}: {name} is not finite. Saved checkpoints are whole; '
                                 'try a lower --learning_rate')
         if self.rank == 0:
             row = {'step': self.step, 'epoch': self.step / self.steps_per_epoch, 'tokens': self.seen,
@@ -281,7 +281,7 @@ class Run:
                     {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
 
     def record(self, values: dict, score: float, text: str):
-        """After an evaluation: say it, write its row, keep the best checkpoint by `score` and the newest."""
+        """Print and write an evaluation; keep the newest checkpoint and the best by `score`."""
         self.log(values)
         done = self.step - self.first
         minutes = (time.time() - self.began) / 60 / max(done, 1) * (self.s['max_iters'] - self.step)
@@ -306,7 +306,7 @@ class Run:
             save_checkpoint(f'{self.out_dir}/{self.name}{suffix}.pt', state)
 
     def end(self, hint: str):
-        """Save where the run was stopped, and leave: exit code 0 at the end, 128 + n after signal n."""
+        """Save where the run was stopped, and exit: code 0 at the end, 128 + n after signal n."""
         self.bar.close()
         if self.stopping:
             self.save()
@@ -329,7 +329,7 @@ def save_checkpoint(path: str, state: dict):
     """Write `state` whole or not at all. Raises OSError."""
     try:
         write_file(path, lambda f: torch.save({'format': FORMAT, **state}, f))
-    except RuntimeError as error:  # torch's writer turns a full disk into one about positions
+    except RuntimeError as error:  # on a full disk torch raises one about file positions
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 def load_checkpoint(path: str, kind: str) -> dict:
