@@ -590,9 +590,11 @@ def answer(folder, encoder, decoder, val):
     if not read or (steps > 1 and not decoder):
         raise UserError('--prompt needs a sentence, and --steps above 1 a decoder')
     sentences = Pairs(val, 2000, np.random.default_rng(seed)).sentences
-    path, key = f'{folder}/val.npz', [encoder.fingerprint, zlib.crc32(np.concatenate(sentences))]
-    kept = np.load(path) if os.path.exists(path) else {'key': []}
-    if not np.array_equal(kept['key'], key):
+    path, tokens = f'{folder}/val.npz', np.concatenate([[len(ids), *ids] for ids in sentences])
+    key, kept = [encoder.fingerprint, zlib.crc32(tokens)], {}
+    with suppress(Exception):  # there is none yet, or it is damaged
+        kept = dict(np.load(path))
+    if not np.array_equal(kept.get('key', []), key):
         kept = {'key': key, 'z': encoder.encode_tokens(sentences, batch_size)}
         with suppress(OSError):  # where the folder cannot be written
             write_file(path, lambda f: np.savez(f, **kept))

@@ -21,6 +21,7 @@ vocabulary. A row comes from prepare.Corpus: `tokens` (B, T), `sentence` (B, T) 
 import copy
 import inspect
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from config import UserError
 from config.run import all_sum, autocast, load_checkpoint, pick_device
-from prepare import clean, load_tokenizer
+from prepare import load_tokenizer
 
 # ----------------------------------------------------------------------------------------------------
 # Masks: who sees whom
@@ -272,7 +273,8 @@ def pretrained(name, tokenizer):
     """
     try:
         import transformers  # optional
-        net = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        net = transformers.AutoModel.from_pretrained(os.path.expanduser(name), dtype=torch.float32,
+                                                     trust_remote_code=False)
     except ImportError:
         raise UserError(f'--init_from=hf:{name} needs `pip install transformers`') from None
     except (OSError, ValueError) as error:
@@ -491,10 +493,13 @@ class JEPA(nn.Module):
         return self.predictor(c, document)
 
     def expected(self, tokens, sentence, document, z):
-        """Predictions (B, S, D) as made after training: from the targets' own concepts, z whitened."""
-        if self.config.context == 'tokens':
-            return self.predict(tokens, sentence, document, self.masks(sentence, document)[1])
-        return self.predictor(self.whitening(z), document)
+        """What is predicted of each sentence from those before it (B, S, D); zeros where there is none.
+
+        As after training: from the targets' own concepts, their means z whitened, or by context='tokens'.
+        """
+        p = self.predictor(self.whitening(z), document) if self.config.context == 'concepts' else \
+            self.predict(tokens, sentence, document, self.masks(sentence, document)[1])
+        return F.pad(p[:, :-1] * pairs(document)[..., None], (0, 0, 1, 0))
 
     def forward(self, tokens, sentence, document, z, concepts, mask):
         """The loss, summed over pairs of neighbours, of predicting `concepts` (B, S, D): z, whitened."""
@@ -863,7 +868,7 @@ def as_texts(given, name):
     texts = []
     for i, item in enumerate(given):
         if not isinstance(item, (str, Mapping)):
-            raise UserError(f'{name}[{i}] is {clean(repr(item)):.40}: expected a str')
+            raise UserError(f'{name}[{i}] is a {type(item).__name__}: expected a str')
         texts += as_texts(item, f'{name}[{i}]')
     return texts
 

@@ -222,9 +222,11 @@ def make_tokenizer(s) -> dict:
 
 def read_file(path, column, separator):
     """Documents of a file. Raises UserError."""
-    import fsspec
-    with as_user_error(f'read {path}', 'expected .txt, .jsonl or .parquet, plain or .gz, .xz, .zst'), \
-            fsspec.open(path, 'rb', compression='infer') as stream:
+    import fsspec  # its 'infer' would read packed bytes as text where a library is missing
+    packing = {'gz': 'gzip', 'xz': 'xz', 'zst': 'zstd'}.get(path.lower().rpartition('.')[2])
+    advice = 'expected .txt, .jsonl or .parquet, plain or .gz, .xz, .zst (`pip install backports.zstd`)'
+    with as_user_error(f'read {path}', advice), \
+            fsspec.filesystem('file').open(path, 'rb', compression=packing) as stream:
         kind = re.sub('[.](gz|xz|zst)$', '', path.lower()).rpartition('.')[2]
         if kind == 'parquet':
             from pyarrow import parquet
@@ -243,7 +245,8 @@ def read_file(path, column, separator):
         elif not separator:
             yield from lines
         else:
-            rest, blank, separator = '', ' \t\u00a0\n', re.sub(r'\r|\\r', '', separator).replace('\\n', '\n')
+            rest, blank = '', ' \t\u00a0\n'
+            separator = re.sub(r'\r|\\r', '', separator).replace('\\n', '\n').replace('\\f', '\f')
             while block := ''.join(f'{line.rstrip(blank)}\n' for line in lines.readlines(1 << 20)):
                 *parts, rest = (rest + block).split(separator)
                 yield from parts

@@ -13,7 +13,6 @@ can compare with step 0.
 import os
 
 import torch
-import torch.nn.functional as F
 
 import model as lib
 from config import UserError, override
@@ -127,9 +126,8 @@ def inputs(tokens, sentence, document):
     own = lib.build_mask(words, path=encoder_attention)
     with run.autocast:
         z = targets(tokens, words, document, own)
-        p = jepa.prediction_scale * jepa.expected(tokens, words, document, z)
-    before = F.pad(p[:, :-1] * lib.pairs(document)[..., None], (0, 0, 1, 0))
-    return lib.build_mask(sentence, causal=True, path=attention), jepa.whitening(z), before
+        expected = jepa.prediction_scale * jepa.expected(tokens, words, document, z)
+    return lib.build_mask(sentence, causal=True, path=attention), jepa.whitening(z), expected
 
 def draw(concepts, predictions):
     """Training's input for each sentence (B, S, D): its concept with noise, a prediction of it, or zeros."""

@@ -93,6 +93,8 @@ MEASURES = ['train_skill', 'val_loss', 'val_skill', 'val_copy_skill', 'val_windo
             'val_rank']
 if target == 'shared' and context != 'concepts':
     raise UserError('--target=shared needs --context=concepts: one view for both sides')
+if freeze_encoder and (reg != 'none' or target == 'shared'):
+    raise UserError('--freeze_encoder=True leaves --reg and --target=shared nothing to teach')
 run = Run(settings, 'encoder', ['ema', *MEASURES], 'encoder')
 train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
 for corpus in (train_data, val_data):
@@ -182,7 +184,7 @@ def neighbours(corpus, n):
         window = lib.build_mask(document, causal=True)[:, 0] & (place > place[:, None] - 8)  # (B, S, S)
         means = window.float() @ z / window.sum(-1, keepdim=True)
         row, i = lib.pairs(document).nonzero(as_tuple=True)
-        parts.append((p[row, i], z[row, i + 1], z[row, i], means[row, i], document[row, i]))
+        parts.append((p[row, i + 1], z[row, i + 1], z[row, i], means[row, i], document[row, i]))
     return map(torch.cat, zip(*parts))
 
 def evaluate():

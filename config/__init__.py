@@ -101,7 +101,7 @@ def checked(name: str, value, settings: dict, positive, shares, choices: dict):
     elif kind in (int, float) and not (0 <= value < end and (value or name not in positive)):
         expected = f"a number {'above' if name in positive else 'from'} 0{' to below 1' * (end == 1)}"
     else:
-        return os.path.expanduser(value) if type(value) is str else value
+        return os.path.expanduser(value) if type(value) is str and value[:2] == '~/' else value
     raise UserError(f'--{name}={value}: expected {expected}')
 
 def ranks() -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from config import UserError, ranks, write_file
 
-FORMAT = 7  # of checkpoints
+FORMAT = 8  # of checkpoints
 
 def pick_device(name: str | None) -> str:
     """The device called `name`; 'auto' or None: cuda where there is one. Raises UserError without it."""

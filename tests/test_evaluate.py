@@ -335,6 +335,8 @@ def test_a_prompt_is_answered(trained):
     assert dict(np.load(path))['z'] == pytest.approx(kept['z'])
     np.savez(path, key=kept['key'], z=-kept['z'])
     assert start(*command).end().stdout != done.stdout, 'they are read'
+    shutil.copy(__file__, path)  # damaged
+    assert start(*command).end().stdout == done.stdout
     os.unlink(path)
     assert done.stdout.count('sentence: ') == 2
     assert done.stdout.count('written: ') == 2 + 3 * 2

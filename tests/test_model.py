@@ -120,9 +120,11 @@ def test_no_later_sentence_moves_a_prediction(batch, context, path):
     def look(changed):
         x = torch.where(changed, (tokens + 7) % 400, tokens)
         z = net.targets(x, sentence, document, own)
-        return z, net.predict(x, sentence, document, mask), net.predictor(net.whitening(z), document)
+        return (z, net.predict(x, sentence, document, mask), net.predictor(net.whitening(z), document),
+                net.expected(x, sentence, document, z)[:, 1:])
     with torch.no_grad():
         before = look(sentence < -1)
+        assert not before[3][~lib.pairs(document)].any(), 'of a first sentence nothing is expected'
         for i in (0, 2, 5):
             for a, b in zip(before[1:], look(sentence > i)[1:]):
                 assert torch.equal(a[:, :i + 1], b[:, :i + 1])
@@ -575,7 +577,7 @@ def test_what_cannot_be_loaded_is_told_apart(saved, monkeypatch):
     assert_says('no decoder', lib.load_decoder, path)
     assert_says('train_encoder.py', lib.load_encoder, saved / 'nowhere')
     assert_says('train_decoder.py', lib.load_decoder, saved / 'nowhere')
-    torch.save({'kind': 'encoder', 'format': 7, 'run': Code()}, saved / 'code.pt')
+    torch.save({'kind': 'encoder', 'format': 8, 'run': Code()}, saved / 'code.pt')
     wrong = [content[:n] for n in (0, 1, 200, len(content) // 2, len(content) - 1)]
     for data in (*wrong, b'text', b'\x80', pickle.dumps({'kind': print}), (saved / 'code.pt').read_bytes()):
         path.write_bytes(data)

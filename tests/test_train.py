@@ -197,13 +197,12 @@ def test_two_ranks_are_one_process(corpus_dir, tmp_path):
     assert 5 <= load_checkpoint(tmp_path / 'stopped', 'encoder')['step'] < 20
     assert ['going on' in each.end().stdout for each in two_ranks(*command)] == [True, False]
     assert_equal(tmp_path / 'two' / 'encoder.pt', tmp_path / 'stopped' / 'encoder.pt')
-    same = ['--dropout=0', '--max_iters=20', '--concept_noise=0', '--predicted_share=0',
-            '--concept_dropout=0']
+    same = ['--dropout=0', '--max_iters=9', '--predicted_share=0', '--concept_dropout=0', '--concept_noise=0']
     start(*decoder(tmp_path / 'one', *same)).end()
     command = decoder(tmp_path / 'two', *same, f'--encoder_path={tmp_path}/one')
     first, second = [each.end() for each in two_ranks(*command)]
     assert_equal(tmp_path / 'one' / 'decoder.pt', tmp_path / 'two' / 'decoder.pt', atol=2e-4)
-    assert ('step 20' in first.stdout, second.stdout) == (True, '')
+    assert ('step 9' in first.stdout, second.stdout) == (True, '')
 
 def gradients(x, rank=None, meeting=''):
     """Of each regulariser by the rows x; on a rank, of two, these are its share of 50 rows."""
@@ -245,11 +244,9 @@ def test_a_frozen_encoder_stands_still_while_its_predictor_learns(turns_dir, tmp
     first, *_, last = evaluations(tmp_path / 'metrics.csv')
     assert last['val_skill'] > first['val_skill'] + 0.02
     kept, now = (lib.load_encoder(tmp_path / f'{name}.pt') for name in ('encoder_init', 'encoder'))
-    assert kept.fingerprint == now.fingerprint
-    assert kept.step < now.step
-    words, other = ['The river was wide .'], now.encode(['A door .'])
+    words = ['The river was wide .', 'A door .']
     assert (kept.encode(words) == now.encode(words)).all()
-    assert abs(kept.roll(other, [(0, 1)]) - now.roll(other, [(0, 1)])).max() > 1e-3
+    assert abs(kept.predict_next(words) - now.predict_next(words)).max() > 1e-3
 
 def test_collapse_is_told(turns_dir, tmp_path):
     """The published recipe without whitening goes the way it is known to go."""
