@@ -12,8 +12,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PLACES = 'README.md', 'tests/results/README.md'
 LESS = 'model less this'
 HEADLINE = {  # section: the baselines beside the model
-    'information of a prediction': ('copy-last',), 'information of a reconstruction': (),
-    'feature similarity': ('copy-last', 'window mean', 'ridge', 'step 0'),
+    'information of a prediction': ('copy-last', 'window mean', 'step 0'),
+    'information of a reconstruction': (), 'feature similarity': ('copy-last', 'window mean', 'step 0'),
     'retrieval in document': ('copy-last', 'TF-IDF of the window', 'step 0', 'chance'),
     'retrieval corpus': ('copy-last', 'TF-IDF of the window', 'step 0'),
     'geometry': (), 'text, reconstruct, up to 32 tokens': ('shuffled concept',), 'rollout': ('copy-last',),
