@@ -16,7 +16,7 @@ HEADLINE = {  # section: the baselines beside the model
     'information of a reconstruction': (), 'feature similarity': ('copy-last', 'window mean', 'step 0'),
     'retrieval in document': ('copy-last', 'TF-IDF of the window', 'step 0', 'chance'),
     'retrieval corpus': ('copy-last', 'TF-IDF of the window', 'step 0'),
-    'geometry': (), 'text, reconstruct, up to 32 tokens': ('shuffled concept',), 'rollout': ('copy-last',),
+    'text, reconstruct, up to 32 tokens': ('shuffled concept',),
     'STS, Spearman x 100': ('random token mean, idf', 'step 0')}
 
 def runs():
