@@ -1040,7 +1040,7 @@ class ConceptDecoder:
         try:
             concepts = list(concepts) if isinstance(concepts, Iterator) else concepts
             concepts = torch.from_numpy(np.atleast_2d(np.asarray(concepts, dtype=np.float32)))
-        except Exception as error:  # numpy and torch raise several kinds
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise UserError(f'concepts: expected numbers, (n, {width}): {error}') from None
         if concepts.shape[1:] != (width,) or not concepts.isfinite().all():
             raise UserError(f'concepts {tuple(concepts.shape)}: expected finite numbers, (n, {width})')
