@@ -525,8 +525,11 @@ class JEPA(nn.Module):
 
     def fingerprint(self) -> float:
         """A number that tells one concept space (target, whitening) from another; a decoder keeps it."""
-        tensors = [*self.target.parameters(), self.whitening.mean, self.whitening.W]
-        return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
+        return fingerprint(*self.target.parameters(), self.whitening.mean, self.whitening.W)
+
+def fingerprint(*tensors) -> float:
+    """A number that tells these tensors from others."""
+    return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
 
 # ----------------------------------------------------------------------------------------------------
 # Objectives: what training minimises. One switch each, compared in tests/ablate.py. The whitening's switch
@@ -953,6 +956,25 @@ class SentenceEncoder:
             with self.autocast:
                 z = self.model.targets(tokens, sentence, sentence[:, :1], build_mask(sentence))
             yield index, z
+
+    @torch.inference_mode()
+    def keep_means(self, corpus, chunk=8192):
+        """Give the Corpus the means of its sentences, float16, not whitened, from a file in its folder.
+
+        What is missing there is computed first: all, or what a run that was stopped left.
+        """
+        name = f'means_{fingerprint(*self.model.target.parameters(), self.model.token_weight):.9g}'
+        path, n = corpus.path(f'{name}.{corpus.split}'), corpus.n_sentences
+        with open(path, 'ab'), open(path, 'r+b') as f:  # the first makes it where there is none
+            kept = f.seek(0, os.SEEK_END) // (2 * self.dim)
+            for start in tqdm(range(kept, n, chunk), f'means of {corpus.split}', disable=None):
+                part = corpus.sentences(start, min(start + chunk, n))
+                out = np.empty((len(part), self.dim), np.float16)
+                for index, z in self.means(part):
+                    out[index] = z[:, 0].cpu()
+                f.seek(2 * self.dim * start)  # where two processes do this, they write the same
+                f.write(out.tobytes())
+        corpus.means = np.memmap(path, np.float16, 'r', shape=(n, self.dim))
 
     def predict_next(self, sentences) -> np.ndarray:
         """The concept expected after `sentences`, oldest first: float32 (d,); of a list of such lists (n, d).

@@ -462,8 +462,11 @@ class Corpus:
     Raises UserError where data are missing, incomplete or damaged. Few shards are mapped at a time.
     """
 
+    means = None  # (n_sentences, D) of all sentences, where they are kept: SentenceEncoder.keep_means
+
     def __init__(self, data_dir, split):
         path = functools.partial(os.path.join, os.path.expanduser(data_dir))
+        self.split, self.path = split, path
         self.meta = load_json(path('meta.json'), f'prepare it with --data_dir={data_dir}, or name another')
         if self.meta['run']['format'] != FORMAT:
             raise UserError(f'{data_dir} is of another version: remove it and prepare it again')
@@ -509,7 +512,11 @@ class Corpus:
         """Token ids of each sentence of document i."""
         k = np.searchsorted(self.first[:, 0], i, side='right') - 1
         offsets = self.shard(k)[0][i - self.first[k, 0]:]
-        ids, lengths, _ = self._sentences(*self.first[k, 1] + offsets[:2])
+        return self.sentences(*self.first[k, 1] + offsets[:2])
+
+    def sentences(self, start, stop) -> list[np.ndarray]:
+        """Token ids of each of the sentences start to stop of the split."""
+        ids, lengths, _ = self._sentences(start, stop)
         return np.split(ids, np.cumsum(lengths))[:-1]
 
     def token_counts(self, limit=20_000_000) -> np.ndarray:
@@ -526,7 +533,7 @@ class Corpus:
         return max((self.n_tokens + prefix * self.n_sentences) // block_size, 1)
 
     def _row(self, start, block_size, max_sentences, prefix):
-        """Of the sentences that begin in the window and fit the row: what _sentences gives."""
+        """Of the sentences that begin in the window and fit: the first one's number, and as _sentences."""
         shard_begins = self.first[:, 2] + prefix * self.first[:, 1]
         k = np.searchsorted(shard_begins, max(start, 0), side='right') - 1
         offsets = self.shard(k)[1]
@@ -539,7 +546,7 @@ class Corpus:
         ends = np.cumsum(lengths + prefix)
         begins = position(i) + ends - lengths - prefix
         n = np.sum((ends <= block_size) & (begins < start + block_size))
-        return ids[:lengths[:n].sum()], lengths[:n], numbers[:n]
+        return first, ids[:lengths[:n].sum()], lengths[:n], numbers[:n]
 
     def batch(self, step, micro, n_micro, batch_size, block_size, max_sentences, seed=0, prefix=0) -> dict:
         """Rows of whole sentences: int64 arrays 'tokens' (B, T), 'sentence' (B, T), 'document' (B, S).
@@ -549,24 +556,29 @@ class Corpus:
         order. A row has the whole sentences that begin in its window, as many as fit: none comes twice, few
         are left out. tokens: 0 in padding; `prefix` free positions precede each sentence. sentence: its index
         in the row, -1 in padding. document: each sentence's number in the split, -1 beyond the last sentence.
-        Raises UserError.
+        And where they are kept, float32 'means' (B, S, D). Raises UserError.
         """
         if self.longest + prefix > block_size:
             raise UserError(f'block_size={block_size} is too small: a sentence takes {self.longest + prefix}')
         tokens = np.zeros((batch_size, block_size), np.int64)
         sentence = np.full((batch_size, block_size), -1)
         document = np.full((batch_size, max_sentences), -1)
+        out = {'tokens': tokens, 'sentence': sentence, 'document': document}
+        if self.means is not None:
+            out['means'] = np.zeros((*document.shape, self.means.shape[1]), np.float32)
         n_windows = self.n_windows(block_size, prefix)
         for j in range(batch_size):
             epoch, r = divmod((step * n_micro + micro) * batch_size + j, n_windows)
             order, offset = permutation(n_windows, seed, epoch)
             start = order[r] * block_size - int(offset * block_size) * (n_windows > 1)
-            ids, lengths, numbers = self._row(start, block_size, max_sentences, prefix)
+            first, ids, lengths, numbers = self._row(start, block_size, max_sentences, prefix)
             n = len(ids) + prefix * len(lengths)
             tokens[j, :n] = np.insert(ids, np.repeat(np.cumsum(lengths) - lengths, prefix), 0)
             sentence[j, :n] = np.repeat(np.arange(len(lengths)), lengths + prefix)
             document[j, :len(lengths)] = numbers
-        return {'tokens': tokens, 'sentence': sentence, 'document': document}
+            if self.means is not None:
+                out['means'][j, :len(lengths)] = self.means[first:first + len(lengths)]
+        return out
 
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):

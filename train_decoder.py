@@ -86,6 +86,9 @@ train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
 tokenizer = train_data.meta['tokenizer']
 if encoder.tokenizer.spec['sha256'] != tokenizer['sha256']:
     raise UserError(f"{data_dir} has another tokenizer than the encoder read: prepare it with that one")
+if encoder.settings['freeze_encoder']:  # as train_encoder.py left them
+    encoder.keep_means(train_data)
+    encoder.keep_means(val_data)
 run.read(train_data, val_data, n_prefix)
 
 # ----------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ del state
 # A batch's concepts, and what a validation batch costs with and without them
 
 @torch.no_grad()
-def inputs(tokens, sentence, document):
+def inputs(tokens, sentence, document, *kept):
     """A batch's mask, its concepts (B, S, concept_dim), and what the predictor expects them to be.
 
     Both are zeros for a language model; a prediction also where no sentence of its document comes before.
@@ -125,7 +128,7 @@ def inputs(tokens, sentence, document):
     words = torch.where(lib.place_in_sentence(sentence) < n_prefix, -1, sentence)
     own = lib.build_mask(words, path=encoder_attention)
     with run.autocast:
-        z = targets(tokens, words, document, own)
+        z = kept[0] if kept else targets(tokens, words, document, own)
         expected = jepa.prediction_scale * jepa.expected(tokens, words, document, z)
     return lib.build_mask(sentence, causal=True, path=attention), jepa.whitening(z), expected
 
@@ -143,8 +146,8 @@ def evaluate():
     """Validation nats per token, ends included, given the concept, another document's, none, a prediction."""
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=run.device)
-    for tokens, sentence, document in run.validation_batches(val_data, run.eval_iters):
-        mask, concepts, predictions = inputs(tokens, sentence, document)
+    for tokens, sentence, document, *kept in run.validation_batches(val_data, run.eval_iters):
+        mask, concepts, predictions = inputs(tokens, sentence, document, *kept)
         # rolled by half a batch in the order of documents: of another one, unless one has half the sentences
         order = document.flatten().argsort(stable=True)[(document < 0).sum():]
         others = concepts.flatten(0, 1).clone()
@@ -175,10 +178,10 @@ while True:
         break
     batches = run.next_batches()
     n_tokens, = run.count(sum(int((sentence >= 0).sum()) - (n_prefix - 1) * int((document >= 0).sum())
-                              for _, sentence, document in batches))
+                              for _, sentence, document, *_ in batches))
     torch.manual_seed(hash((seed, run.step, run.rank)))  # noise and dropout: no generator state to save
-    for tokens, sentence, document in run.on_device(batches):
-        mask, *concepts = inputs(tokens, sentence, document)
+    for tokens, sentence, *rest in run.on_device(batches):
+        mask, *concepts = inputs(tokens, sentence, *rest)
         with run.autocast:
             loss = forward(tokens, sentence, draw(*concepts), mask)
         run.backward(loss / n_tokens)

@@ -39,7 +39,7 @@ n_embd = 768  # width of states and concepts
 predictor_layer = 4
 fade = 0.4  # initial weight in the predictor's attention per sentence of distance: exp(-fade)
 dropout = 0.0
-freeze_encoder = False  # True: only the predictor learns, from fixed concepts; steps are faster
+freeze_encoder = False  # True: only the predictor learns, from concepts computed once and kept in data_dir
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 start_passes = 4  # over the text, to start token embeddings from (model.neighbour_embeddings); 0: random ones
 start_tokens = 20_000_000  # read in each at most
@@ -153,8 +153,10 @@ def first_batches():
         yield from map(run.to_device, run.micro_batches(i))
 
 @torch.no_grad()
-def sentence_means(tokens, sentence, document, own=None):
-    """The target's sentence means (B, S, D), and which of them are sentences (B, S)."""
+def sentence_means(tokens, sentence, document, kept=None, own=None):
+    """The target's sentence means (B, S, D), or those kept, and which of them are sentences (B, S)."""
+    if kept is not None:
+        return kept, document >= 0
     own = model.masks(sentence, document, attention)[0] if own is None else own
     with run.autocast:
         return targets(tokens, sentence, document, own), document >= 0
@@ -165,6 +167,9 @@ if not run.step and start_passes and not model.config.hf:
     table = lib.neighbour_embeddings(first_batches, model.token_weight, n_embd, start_passes)
     model.encoder.embedding.weight.data.copy_(table)
     model.update_target(0.0)
+if freeze_encoder:
+    for corpus in (train_data, val_data):
+        lib.SentenceEncoder(model, corpus.tokenizer, run.device, run.dtype).keep_means(corpus)
 if not run.step and whiten:
     model.whitening.fit(sentence_means(*batch) for batch in first_batches())
 
@@ -176,8 +181,8 @@ def neighbours(corpus, n):
     """Of the pairs in n batches: predictions, true next, last, and mean of the last 8 concepts (pairs, D);
     document (pairs,)."""
     parts = []
-    for tokens, sentence, document in run.validation_batches(corpus, n):
-        z = sentence_means(tokens, sentence, document)[0]
+    for tokens, sentence, document, *kept in run.validation_batches(corpus, n):
+        z = sentence_means(tokens, sentence, document, *kept)[0]
         with run.autocast:
             p, z = model.expected(tokens, sentence, document, z), model.whitening(z)
         place = torch.arange(document.shape[1], device=z.device)
@@ -229,15 +234,15 @@ while True:
     if run.step >= max_iters or run.stopping:
         break
     batches, moments = run.next_batches(), 0
-    _, n_pairs = run.count(sum(int((sentence >= 0).sum()) for _, sentence, _ in batches),
-                           sum(int(lib.pairs(document).sum()) for _, _, document in batches))
+    _, n_pairs = run.count(sum(int((sentence >= 0).sum()) for _, sentence, *_ in batches),
+                           sum(int(lib.pairs(document).sum()) for _, _, document, *_ in batches))
     if dropout or reg == 'sigreg':
         torch.manual_seed(hash((seed, run.step)))  # no generator state to save
 
     # forward and backward
-    for tokens, sentence, document in run.on_device(batches):
+    for tokens, sentence, document, *kept in run.on_device(batches):
         own, mask = model.masks(sentence, document, attention)
-        z, used = sentence_means(tokens, sentence, document, own)
+        z, used = sentence_means(tokens, sentence, document, *kept or [None], own)
         concepts = model.whitening(z, used if whiten else None)
         with run.autocast:
             loss_sum = forward(tokens, sentence, document, z, concepts, mask)

@@ -1,6 +1,7 @@
 """train_encoder.py and train_decoder.py as a user runs them: resume, ranks, signals, mistakes, learning."""
 
 import csv
+import glob
 import os
 import random
 import resource
@@ -17,6 +18,7 @@ from conftest import FORKS, MORE, free_port, prepared, refused, run, start
 
 import model as lib
 from config.run import load_checkpoint
+from prepare import Corpus
 
 SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=2', '--block_size=128', '--eval_iters=2',
          '--warmup_iters=5', '--max_iters=40', '--eval_interval=10', '--log_interval=5', '--dropout=0.1',
@@ -247,6 +249,16 @@ def test_a_frozen_encoder_stands_still_while_its_predictor_learns(turns_dir, tmp
     words = ['The river was wide .', 'A door .']
     assert (kept.encode(words) == now.encode(words)).all()
     assert abs(kept.predict_next(words) - now.predict_next(words)).max() > 1e-3
+    corpus, (path,) = Corpus(turns_dir, 'val'), glob.glob(f'{turns_dir}/means_*.val')
+    with open(path, 'r+b') as f:  # as a run that was stopped left it
+        whole = f.read()
+        f.truncate(333)
+    now.keep_means(corpus)
+    with open(path, 'rb') as f:
+        assert f.read() == whole
+    tokens, sentence, document, means = map(torch.from_numpy, corpus.batch(0, 0, 1, 2, 64, 8).values())
+    z, used = now.model.targets(tokens, sentence, document, lib.build_mask(sentence)), document >= 0
+    assert torch.allclose(means[used], z[used], atol=2e-3)
 
 def test_collapse_is_told(turns_dir, tmp_path):
     """The published recipe without whitening goes the way it is known to go."""
