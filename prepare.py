@@ -29,7 +29,7 @@ import time
 from bisect import bisect_left
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, groupby, islice, pairwise
+from itertools import accumulate, chain, groupby, islice, pairwise
 
 import numpy as np
 
@@ -54,7 +54,6 @@ FORMAT = 3  # of what is on disk
 # int64 at the head of a shard: its documents, sentences, tokens, length of its longest sentence; and of the
 # chunk, both splits: documents without a sentence, bytes that were not UTF-8
 HEADER = 6
-MAX_CHARS = 4000  # a longer piece of a sentence that is too long is cut without being tokenized
 BPE_SAMPLE = 20_000_000  # characters that a bpe: tokenizer is trained on
 # words with the space before them, digits in threes, runs of punctuation, white space
 BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
@@ -101,32 +100,16 @@ def split_sentences(text: str) -> list[str]:
             last = part
     return list(filter(None, sentences))
 
-def encode_pieces(text, encode, max_tokens) -> list[np.ndarray]:
-    """Token ids of a sentence, cut near the middle until no piece has more than max_tokens."""
-    n, third = len(text), len(text) // 3
-    if n <= MAX_CHARS:
-        ids, _ = encode([text])
+def encode_sentences(sentences, encode, max_tokens):
+    """Token ids of each; one of more than max_tokens is cut near its middle, if it can be at a clause."""
+    for text, ids in zip(sentences, encode(sentences)):
+        n, third = len(text), len(text) // 3
         if len(ids) <= max_tokens or n == 1:
-            return [ids[:max_tokens]]
-    cut = CLAUSE.search(text, third, n - third) or SPACE.search(text, third, n - third)
-    end, start = cut.span() if cut else (n // 2, n // 2)
-    return encode_pieces(text[:end], encode, max_tokens) + encode_pieces(text[start:], encode, max_tokens)
-
-def encode_documents(texts, encode, max_tokens):
-    """Of each text: (token ids of its sentences end to end, length of each, at most max_tokens)."""
-    for i in range(0, len(texts), 64):  # many in one call, since each has a fixed cost
-        documents = list(map(split_sentences, texts[i:i + 64]))
-        rest, rest_lengths = encode([s for sentences in documents for s in sentences])
-        for sentences in documents:
-            lengths, rest_lengths = rest_lengths[:len(sentences)], rest_lengths[len(sentences):]
-            n = lengths.sum()
-            ids, rest = rest[:n], rest[n:]
-            if lengths.max(initial=0) > max_tokens:
-                rows = []
-                for s, row in zip(sentences, np.split(ids, np.cumsum(lengths))):
-                    rows += [row] if len(row) <= max_tokens else encode_pieces(s, encode, max_tokens)
-                ids, lengths = np.concatenate(rows), np.array(list(map(len, rows)))
-            yield ids, lengths[lengths > 0]
+            yield ids[:max_tokens]
+            continue
+        cut = CLAUSE.search(text, third, n - third) or SPACE.search(text, third, n - third)
+        end, start = cut.span() if cut else (n // 2, n // 2)
+        yield from encode_sentences([text[:end], text[start:]], encode, max_tokens)
 
 # ----------------------------------------------------------------------------------------------------
 # Tokenizers
@@ -167,23 +150,21 @@ class Tokenizer:
     def __reduce__(self):  # pickled as what it is made from
         return Tokenizer, (self.spec,)
 
-    def encode(self, texts) -> tuple[np.ndarray, np.ndarray]:
-        """(Ids of all texts end to end, length of each), int64; each text is as `clean` leaves it."""
+    def encode(self, texts) -> list[np.ndarray]:
+        """Token ids of each text, which is as `clean` leaves it."""
         if 'json' in self.spec:
             rows = [row.ids for row in self._library.encode_batch(texts, add_special_tokens=False)]
         else:  # one call for all, cut at END: its fixed cost exceeds a short sentence's
             ids = self._library.encode_to_numpy(END.join(texts), allowed_special={END}, disallowed_special=())
-            ends = np.flatnonzero(ids == self.eos)
-            if len(ends) == len(texts) - 1:  # else END stands in a text
-                return (np.delete(ids, ends).astype(np.int64),
-                        np.diff(ends, prepend=-1, append=len(ids)) - 1)
-            rows = list(map(self._library.encode_ordinary, texts))
-        return np.fromiter(chain.from_iterable(rows), np.int64), np.array(list(map(len, rows)), np.int64)
+            ends = [-1, *np.flatnonzero(ids == self.eos), len(ids)]
+            if len(ends) == len(texts) + 1:  # else END stands in a text
+                return [ids[end + 1:next_end] for end, next_end in pairwise(ends)]
+            rows = map(self._library.encode_ordinary, texts)
+        return [np.array(row, np.uint32) for row in rows]
 
     def encode_batch(self, texts) -> list[np.ndarray]:
         """Token ids of each text, cleaned first."""
-        ids, lengths = self.encode(list(map(clean, texts)))
-        return np.split(ids, np.cumsum(lengths))[:-1]
+        return self.encode(list(map(clean, texts)))
 
     def decode(self, ids) -> str:
         """The text of token ids, without eos."""
@@ -335,19 +316,20 @@ def uniform(text) -> float:
 def write_chunk(path, number, chunk, s, dtype):
     """Tokenize the documents of a chunk and write them in random order, as a val and a train shard."""
     splits = {'val': [], 'train': []}  # the train shard last: it marks the chunk as done
-    for text, (ids, lengths) in zip(chunk, encode_documents(chunk, _encode, s['max_sentence_tokens'])):
-        if len(lengths):
-            split = 'val' if uniform(text) < s['val_fraction'] else 'train'
-            splits[split].append((ids.astype(dtype), lengths))
+    for text in chunk:
+        rows = encode_sentences(split_sentences(text), _encode, s['max_sentence_tokens'])
+        if rows := [ids for ids in rows if len(ids)]:
+            splits['val' if uniform(text) < s['val_fraction'] else 'train'].append(rows)
     empty = len(chunk) - sum(map(len, splits.values()))
     replaced = sum(text.count('\ufffd') for text in chunk)
     for split, documents in splits.items():
         np.random.default_rng(number).shuffle(documents)
-        ids, lengths = map(np.concatenate, zip((np.zeros(0, dtype), np.zeros(0, np.int64)), *documents))
-        sizes = [len(own) for _, own in documents]
-        words = np.r_[len(sizes), len(lengths), len(ids), lengths.max(initial=0), empty, replaced,
-                      0, np.cumsum(sizes), 0, np.cumsum(lengths)].astype(np.int64)
-        write_file(path(f'{split}_{number:06d}.bin'), words.tobytes() + ids.tobytes())
+        rows = list(chain.from_iterable(documents))
+        sizes, lengths = list(map(len, documents)), list(map(len, rows))
+        words = [len(sizes), len(lengths), sum(lengths), max(lengths, default=0), empty, replaced,
+                 *accumulate(sizes, initial=0), *accumulate(lengths, initial=0)]
+        data = np.array(words, np.int64), *(ids.astype(dtype) for ids in rows)
+        write_file(path(f'{split}_{number:06d}.bin'), b''.join(data))
 
 def end_now(message, code):
     """End without waiting for threads or workers: workers end with their parent."""
@@ -447,11 +429,6 @@ def finish(s, path, world_size):
     for name in os.listdir(path('')):
         if re.match(r'part_|state_|.*\.tmp$', name):
             os.unlink(path(name))
-    corpus = Corpus(path(''), 'train')
-    ids, _, _ = corpus._sentences(0, min(5000, corpus.n_sentences))
-    if len(corpus.tokenizer.decode(ids)) < len(ids) or np.bincount(ids).max() > len(ids) / 2:
-        print('the tokenizer knows little of this text: most tokens are single bytes, or unknown; '
-              '--tokenizer=bpe:8192 learns from it')
 
 # ----------------------------------------------------------------------------------------------------
 # Reading

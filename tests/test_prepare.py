@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tiktoken
 from conftest import MORE, ROOT, free_port, jsonl, prepared, refused, run, start
-from hypothesis import example, given, settings, strategies
+from hypothesis import given, settings, strategies
 
 import prepare
 from config import UserError
@@ -75,13 +75,10 @@ def test_faster_pattern_is_gpt2s(texts):
 def test_a_tokenizer_learns_from_training_documents_only(tmp_path, texts):
     secret = [t for t in (f'{t} Qxqzj qxqzj.' for t in texts) if prepare.uniform(t) < 0.2]
     told = [t for t in texts if prepare.uniform(t) >= 0.2]
-    done = prepared(tmp_path, 'a.jsonl', jsonl(told + secret), '--tokenizer=bpe:600', '--val_fraction=0.2')
+    prepared(tmp_path, 'a.jsonl', jsonl(told + secret), '--tokenizer=bpe:600', '--val_fraction=0.2')
     corpus = prepare.Corpus(tmp_path / 'out', 'val')
     assert corpus.n_documents == len(secret) > 20
     assert len(corpus.tokenizer.encode_batch(['qxqzj'])[0]) == 5
-    assert 'knows little' not in done.stdout
-    done = prepared(tmp_path / 'b', 'a.jsonl', jsonl(['Привет, мир. Как дела?'] * 10), '--tokenizer=bpe:257')
-    assert 'knows little' in done.stdout
 
 def documents_of(folder):
     """The documents of both splits as text."""
@@ -155,19 +152,14 @@ def test_any_bytes_are_read(tmp_path_factory, content, separator):
 ANY = strategies.text() | strategies.sampled_from([*HARD, '\ud800', '\x1c\x85\u2028', '. ' * 40])
 
 @settings(max_examples=100 * MORE, deadline=None)
-@example([*HARD, *['a'] * 60])  # more documents than are tokenized in one call
-@given(strategies.lists(strategies.lists(ANY, max_size=4).map(''.join), max_size=4))
-def test_any_text_is_split_and_tokenized(corpus_dir, several):
-    """No letter is lost; sentences are cut to 16 tokens; documents together are as documents alone."""
-    tokenizer = prepare.Corpus(corpus_dir, 'train').tokenizer
-    found = list(prepare.encode_documents(several, tokenizer.encode, 16))
-    for text, (ids, lengths) in zip(several, found, strict=True):
-        assert all(s and s == prepare.clean(s) for s in prepare.split_sentences(text))
-        assert all(0 < n <= 16 for n in lengths)
-        assert lengths.sum() == len(ids)
-        assert ''.join(tokenizer.decode(ids).split()) == ''.join(prepare.clean(text).split())
-        alone, = prepare.encode_documents([text], tokenizer.encode, 16)
-        assert all(map(np.array_equal, (ids, lengths), alone))
+@given(strategies.lists(ANY, max_size=4).map(''.join))
+def test_any_text_is_split_and_tokenized(corpus_dir, text):
+    """No letter is lost, and sentences are cut to 16 tokens."""
+    tokenizer, sentences = prepare.Corpus(corpus_dir, 'train').tokenizer, prepare.split_sentences(text)
+    assert all(s and s == prepare.clean(s) for s in sentences)
+    found = list(prepare.encode_sentences(sentences, tokenizer.encode, 16))
+    assert all(0 < len(ids) <= 16 for ids in found)
+    assert ''.join(''.join(map(tokenizer.decode, found)).split()) == ''.join(prepare.clean(text).split())
 
 HUB_TEXTS = [f'Document {i} begins here. It says {i * 7}. Then it ends.' for i in range(500)]
 
