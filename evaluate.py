@@ -28,9 +28,9 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from tqdm import tqdm
 
-from config import UserError, override, write_file
+from config import UserError, as_user_error, override, write_file
 from model import fit_scale, load_decoder, load_encoder, rank_me
-from prepare import Corpus, as_user_error, clean, split_sentences
+from prepare import Corpus, clean, split_sentences
 
 # ----------------------------------------------------------------------------------------------------
 # Settings: override with --name=value

@@ -13,7 +13,6 @@ is a header (see HEADER), offsets of documents into sentences and of sentences i
 (uint16 or uint32).
 """
 
-import contextlib
 import functools
 import glob
 import hashlib
@@ -23,7 +22,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from bisect import bisect_left
@@ -33,7 +31,7 @@ from itertools import accumulate, chain, groupby, islice, pairwise
 
 import numpy as np
 
-from config import UserError, override, ranks, write_file
+from config import UserError, as_user_error, override, ranks, write_file
 
 # ----------------------------------------------------------------------------------------------------
 # Settings: override with a preset (config/prepare_*.py) and --name=value
@@ -59,16 +57,6 @@ BPE_SAMPLE = 20_000_000  # characters that a bpe: tokenizer is trained on
 BPE_PATTERN = r" ?[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)?| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
 # gpt2's pattern without its look-ahead: the same on folded white space, and 1.6 times as fast
 GPT2_FOLDED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
-
-@contextlib.contextmanager
-def as_user_error(action, advice):
-    """Turn errors into a UserError: decompressors, pyarrow and the hub's client raise dozens of kinds."""
-    try:
-        yield
-    except (UserError, NameError, AttributeError):  # the last two are bugs, and show their traceback
-        raise
-    except Exception as error:
-        raise UserError(f'cannot {action} ({type(error).__name__}: {str(error)[:300]}); {advice}') from error
 
 # ----------------------------------------------------------------------------------------------------
 # Sentences
@@ -389,7 +377,7 @@ def write_shards(s, path, meta, rank, world_size):
     os.environ['PYTHONWARNINGS'] = 'ignore:resource_tracker'  # it warns of semaphores after end_now
     spawn, running = multiprocessing.get_context('spawn'), []
     with ProcessPoolExecutor(processes, spawn, start_worker, (meta['tokenizer'],)) as pool, \
-            tqdm(unit=' documents', mininterval=10, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+            tqdm(unit=' documents', mininterval=10, disable=rank > 0 or None) as bar:
         try:
             for chunk in chunks(documents(s, place, rank, world_size), 4 * s['shard_tokens']):
                 if number % world_size == rank and number not in finished:

@@ -7,6 +7,7 @@ an underscore, but each setting that it leaves behind must be one the script has
 """
 
 import ast
+import contextlib
 import difflib
 import math
 import os
@@ -18,6 +19,16 @@ STAGES = ('prepare', 'encoder', 'decoder')  # a preset of one is named config/<s
 
 class UserError(ValueError):
     """A user's mistake: printed as one line, without a traceback."""
+
+@contextlib.contextmanager
+def as_user_error(action, advice):
+    """Turn errors into a UserError: files, libraries and the hub's client raise dozens of kinds."""
+    try:
+        yield
+    except (UserError, NameError, AttributeError):  # the last two are bugs, and show their traceback
+        raise
+    except Exception as error:
+        raise UserError(f'cannot {action} ({type(error).__name__}: {str(error)[:300]}); {advice}') from error
 
 def override(names: dict, argv: list[str] | None = None, positive=(), shares=(), choices=None) -> dict:
     """Override the settings in `names` (a script's globals()) and return them all as a dict that json can
@@ -105,13 +116,11 @@ def checked(name: str, value, settings: dict, positive, shares, choices: dict):
     raise UserError(f'--{name}={value}: expected {expected}')
 
 def ranks() -> tuple[int, int, int]:
-    """(rank, world size, rank on this machine) that torchrun gave; (0, 1, 0) alone. UserError on half a
-    set."""
-    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')
-    given = [int(os.environ[name]) for name in names if name in os.environ]
-    if len(given) in (1, 2):
-        raise UserError(f"some of torchrun's variables {', '.join(names)} are not set: set all, or none")
-    return tuple(given) or (0, 1, 0)
+    """(rank, world size, rank on this machine) that torchrun gave; (0, 1, 0) alone."""
+    if 'RANK' not in os.environ:
+        return 0, 1, 0
+    with as_user_error("read torchrun's variables", 'set RANK, WORLD_SIZE and LOCAL_RANK, or none'):
+        return tuple(int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
 
 def write_file(path: str, data):
     """Write str, bytes, or what the function data(file) writes, whole or not at all. Raises OSError."""

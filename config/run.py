@@ -18,18 +18,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from config import UserError, ranks, write_file
+from config import UserError, as_user_error, ranks, write_file
 
 FORMAT = 8  # of checkpoints
 
 def pick_device(name: str | None) -> str:
     """The device called `name`; 'auto' or None: cuda where there is one. Raises UserError without it."""
     name = ('cuda' if torch.cuda.is_available() else 'cpu') if name in ('auto', None) else name
-    try:
+    with as_user_error(f'use --device={name}', "'auto' takes what there is"):
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition('.')[0]
-        raise UserError(f"--device={name}: {reason}; 'auto' takes what there is") from None
     return name
 
 def autocast(device: str, dtype: str):
@@ -162,7 +159,7 @@ class Run:
     def begin(self):
         """Write the files of a run, start loading batches, and save before it ends on a signal."""
         self.first, self.logged = self.step, self.seen
-        self.since = self.began = time.time()
+        self.since = time.time()
         if self.rank == 0:
             os.makedirs(self.out_dir, exist_ok=True)
             kept = []
@@ -172,7 +169,7 @@ class Run:
             write_file(self.metrics, ','.join(self.columns) + '\n' + ''.join(kept))
             write_file(f'{self.out_dir}/config{self.suffix}.json', json.dumps(self.s, indent=1))
         self.bar = tqdm(total=self.s['max_iters'], initial=self.step, unit='step',
-                        disable=self.rank > 0 or not sys.stderr.isatty())
+                        disable=self.rank > 0 or None)  # None: on a terminal alone
         self.loader = ThreadPoolExecutor(1)
         self.upcoming = self.loader.submit(self.micro_batches, self.step)
 
@@ -283,9 +280,7 @@ class Run:
     def record(self, values: dict, score: float, text: str):
         """Print and write an evaluation; keep the newest checkpoint and the best by `score`."""
         self.log(values)
-        done = self.step - self.first
-        minutes = (time.time() - self.began) / 60 / max(done, 1) * (self.s['max_iters'] - self.step)
-        self.say(f'step {self.step}: {text}' + (f' | {minutes:.1f} min left' if done else ''))
+        self.say(f'step {self.step}: {text}')
         if self.step == 0 and self.name == 'encoder':
             self.save('_init')
         elif self.step:
@@ -336,16 +331,10 @@ def load_checkpoint(path: str, kind: str) -> dict:
     """The checkpoint of `kind` at `path`, or in that out_dir, on the CPU. Raises UserError: what to do."""
     path = os.path.expanduser(path)
     path = f'{path}/{kind}.pt' if os.path.isdir(path) else path
-    if not os.path.exists(path):
-        script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
-        raise UserError(f"no {kind} at '{path}': train one with {script}, or give its --out_dir")
-    try:
+    script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
+    with as_user_error(f"read '{path}'", f'train one with {script}, or if it is damaged give another, such '
+                       'as a *_best.pt beside it'):
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # damaged bytes raise anything
-        if isinstance(error, (OSError, MemoryError)) or 'alloc' in str(error):
-            raise UserError(f"cannot read '{path}': {str(error) or 'out of memory'}") from error
-        raise UserError(f"'{path}' is damaged, or no checkpoint ({type(error).__name__}): give another, such "
-                        'as a *_best.pt beside it') from error
-    if not isinstance(state, dict) or (state.get('format'), state.get('kind')) != (FORMAT, kind):
-        raise UserError(f"'{path}' holds no {kind} of format {FORMAT}: train one with this version")
+        if (state['format'], state['kind']) != (FORMAT, kind):
+            raise ValueError(f'it is no {kind} of format {FORMAT}')
     return state
