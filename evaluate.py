@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
 from config import UserError, as_user_error, override, write_file
@@ -173,8 +173,8 @@ def token_sums(table, sequences):
 def fit_ridge(x, y, document):
     """Ridge regression of y on x (n, d) as a function; its penalty predicts held-out documents best."""
     penalties = np.array((0.1, 1, 10, 100)) * (len(x) * x.var(0).mean() + 1e-9)
-    folds = GroupKFold(min(5, len(set(document))))
-    return GridSearchCV(Ridge(), {'alpha': penalties}, cv=folds).fit(x, y, groups=document).predict
+    folds = GroupKFold(min(5, len(set(document)))).split(x, groups=document)
+    return RidgeCV(penalties, cv=folds).fit(x, y).predict
 
 def repeats(texts, owner):
     """Cell of the share of bigrams that stood in the same text before."""
@@ -562,19 +562,14 @@ def samples(s):
 
 def picture(folder):
     """Draw report.png: how training went, by the evaluations that it made."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
-    for axis, (file, *columns) in zip(axes, (
+    import pandas
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 4.5), layout='constrained')
+    for axis, (file, *columns) in zip(figure.subplots(1, 2), (
             ('metrics.csv', 'val_skill', 'train_skill', 'val_copy_skill', 'val_window_skill'),
             ('metrics_decoder.csv', 'val_loss', 'val_shuffled', 'val_unconditional'))):
-        axis.set(title=f'{file}, by step')
         if os.path.exists(path := f'{folder}/{file}'):
-            log = np.genfromtxt(path, delimiter=',', names=True, ndmin=1)
-            log = log[np.isfinite(log[columns[0]])]
-            axis.plot(log['step'], np.stack([log[c] for c in columns], 1), label=columns)
-            axis.legend()
+            pandas.read_csv(path).dropna(subset=columns).plot('step', columns, ax=axis, title=file)
     figure.savefig(f'{folder}/report.png')
 
 # ----------------------------------------------------------------------------------------------------

@@ -857,23 +857,18 @@ def is_sequence(x):
     return (isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping)) and not hasattr(x, 'columns')
             and getattr(x, 'ndim', 1) > 0)
 
-def as_texts(given, name):
+def as_texts(given, name, inside=False):
     """A list of str from a str, any iterable of str, or {'text': str or list} as MTEB and datasets give it.
 
-    Raises UserError, naming the place, for anything else.
+    Raises UserError, naming the place, for anything else, a sequence `inside` a sequence too.
     """
     if isinstance(given, str):
         return [given]
     if isinstance(given, Mapping) and 'text' in given:
         return as_texts(given['text'], f"{name}['text']")
-    if not is_sequence(given):
-        raise UserError(f'{name} is a {type(given).__name__}: expected a str or a sequence of str')
-    texts = []
-    for i, item in enumerate(given):
-        if not isinstance(item, (str, Mapping)):
-            raise UserError(f'{name}[{i}] is a {type(item).__name__}: expected a str')
-        texts += as_texts(item, f'{name}[{i}]')
-    return texts
+    if inside or not is_sequence(given):
+        raise UserError(f'{name} is a {type(given).__name__}: expected a str, or one sequence of str')
+    return [text for i, item in enumerate(given) for text in as_texts(item, f'{name}[{i}]', inside=True)]
 
 def packed(documents, batch_size, device, prefix=0):
     """Documents, lists of id arrays, one a row, those of like length together.

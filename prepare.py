@@ -417,6 +417,11 @@ def finish(s, path, world_size):
     for name in os.listdir(path('')):
         if re.match(r'part_|state_|.*\.tmp$', name):
             os.unlink(path(name))
+    corpus = Corpus(path(''), 'train')
+    ids = np.concatenate(corpus.sentences(0, min(5000, corpus.n_sentences)))
+    if len(corpus.tokenizer.decode(ids)) < len(ids) or np.bincount(ids).max() > len(ids) / 2:
+        print('the tokenizer knows little of this text: most tokens are single bytes, or unknown; '
+              '--tokenizer=bpe:8192 learns from it')
 
 # ----------------------------------------------------------------------------------------------------
 # Reading

@@ -116,11 +116,13 @@ def checked(name: str, value, settings: dict, positive, shares, choices: dict):
     raise UserError(f'--{name}={value}: expected {expected}')
 
 def ranks() -> tuple[int, int, int]:
-    """(rank, world size, rank on this machine) that torchrun gave; (0, 1, 0) alone."""
-    if 'RANK' not in os.environ:
-        return 0, 1, 0
-    with as_user_error("read torchrun's variables", 'set RANK, WORLD_SIZE and LOCAL_RANK, or none'):
-        return tuple(int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+    """(rank, world size, rank on this machine) that torchrun gave; (0, 1, 0) alone. UserError on half a
+    set."""
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')
+    given = [int(os.environ[name]) for name in names if name in os.environ]
+    if len(given) in (1, 2):
+        raise UserError(f"some of torchrun's variables {', '.join(names)} are not set: set all, or none")
+    return tuple(given) or (0, 1, 0)
 
 def write_file(path: str, data):
     """Write str, bytes, or what the function data(file) writes, whole or not at all. Raises OSError."""

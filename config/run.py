@@ -159,7 +159,7 @@ class Run:
     def begin(self):
         """Write the files of a run, start loading batches, and save before it ends on a signal."""
         self.first, self.logged = self.step, self.seen
-        self.since = time.time()
+        self.since = self.began = time.time()
         if self.rank == 0:
             os.makedirs(self.out_dir, exist_ok=True)
             kept = []
@@ -280,7 +280,9 @@ class Run:
     def record(self, values: dict, score: float, text: str):
         """Print and write an evaluation; keep the newest checkpoint and the best by `score`."""
         self.log(values)
-        self.say(f'step {self.step}: {text}')
+        done = self.step - self.first
+        minutes = (time.time() - self.began) / 60 / max(done, 1) * (self.s['max_iters'] - self.step)
+        self.say(f'step {self.step}: {text}' + (f' | {minutes:.1f} min left' if done else ''))
         if self.step == 0 and self.name == 'encoder':
             self.save('_init')
         elif self.step:

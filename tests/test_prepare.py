@@ -75,10 +75,13 @@ def test_faster_pattern_is_gpt2s(texts):
 def test_a_tokenizer_learns_from_training_documents_only(tmp_path, texts):
     secret = [t for t in (f'{t} Qxqzj qxqzj.' for t in texts) if prepare.uniform(t) < 0.2]
     told = [t for t in texts if prepare.uniform(t) >= 0.2]
-    prepared(tmp_path, 'a.jsonl', jsonl(told + secret), '--tokenizer=bpe:600', '--val_fraction=0.2')
+    done = prepared(tmp_path, 'a.jsonl', jsonl(told + secret), '--tokenizer=bpe:600', '--val_fraction=0.2')
     corpus = prepare.Corpus(tmp_path / 'out', 'val')
     assert corpus.n_documents == len(secret) > 20
     assert len(corpus.tokenizer.encode_batch(['qxqzj'])[0]) == 5
+    assert 'knows little' not in done.stdout
+    done = prepared(tmp_path / 'b', 'a.jsonl', jsonl(['Привет, мир. Как дела?'] * 10), '--tokenizer=bpe:257')
+    assert 'knows little' in done.stdout
 
 def documents_of(folder):
     """The documents of both splits as text."""
@@ -123,7 +126,7 @@ def test_an_unreadable_source_is_one_line(tmp_path, name, content, says):
 @pytest.mark.parametrize(('argument', 'says'), [
     ('--tokenizer=gtp2', "'bpe:8192'"), ('--tokenizer=bpe:99', 'bpe:8192'), ('--val_fraction=1', 'fraction'),
     ('--tokenizer=hf:/no/no', 'tokenizer.json'), ('--dataset=no/no.jsonl', 'no file'), ('RANK=0', 'torchrun'),
-    ('--dataset=no*where', 'no file'), ('--text_column=body', 'text (str)')])
+    ('--dataset=no*where', 'no file'), ('--text_column=body', 'text (str)'), ('WORLD_SIZE=4', 'torchrun')])
 def test_a_refused_setting_leaves_no_folder_behind(tmp_path, argument, says):
     name, _, value = argument.partition('=')
     more, environment = ([argument], {}) if name[0] == '-' else ([], {name: value})

@@ -282,7 +282,7 @@ def test_the_concept_tells_the_decoder_something(straight):
     ('--max_sentences=1', 'sentences'), ('--out_dir=/dev/null/x', 'cannot write'), ('--n_prefix=0', 'above'),
     ('config/decoder_demo.py', 'preset of'), ('--predicted_share=0.8 --concept_dropout=0.5', 'no sentence'),
     ('--encoder_path=nowhere --n_prefix=2', 'train_encoder.py'), ('RANK=0', 'WORLD_SIZE'),
-    ('RANK=0 --n_prefix=2', 'WORLD_SIZE')])
+    ('WORLD_SIZE=4', 'RANK'), ('WORLD_SIZE=4 --n_prefix=2', 'RANK')])
 def test_mistakes_are_one_line(arguments, says, corpus_dir, tmp_path):
     """Arguments that only train_decoder.py has go there."""
     words, out = arguments.split(), tmp_path / 'new'
