@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 if __name__ == '<run_path>':
     raise SystemExit('config/run.py is code that the training scripts share, not a preset')
@@ -83,8 +82,7 @@ class Run:
         if self.device.startswith('cuda:'):
             torch.cuda.set_device(self.device)  # which takes no 'cuda' without a number
         if self.world_size > 1:
-            backend = 'cpu:gloo,cuda:nccl' if self.device_type == 'cuda' else 'gloo'
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device_type == 'cuda' else 'gloo')
         if self.dtype == 'auto':  # bfloat16 only where the hardware multiplies it
             fast = torch.cuda.is_bf16_supported(including_emulation=False) if self.device_type == 'cuda' \
                 else torch.cpu._is_avx512_bf16_supported()
@@ -313,13 +311,12 @@ class Run:
         if self.step < self.s['max_iters']:
             self.say(f'stopped at step {self.step}, saved to {self.out_dir}: the same command goes on')
             sys.exit(128 + (self.signal or signal.SIGTERM))
-        minutes = self.seconds / 60
-        self.say(f'{self.out_dir} has {self.step} steps, {minutes:.1f} minutes of training. {hint}')
+        self.say(f'{self.out_dir} has {self.step} steps, {self.seconds / 60:.1f} minutes of training. {hint}')
 
     def say(self, *lines: str):
         """Print lines from the first rank, above its bar."""
         if self.rank == 0:
-            tqdm.write('\n'.join(lines), file=sys.stdout)
+            tqdm.write('\n'.join(lines))
             sys.stdout.flush()
 
 def save_checkpoint(path: str, state: dict):
