@@ -376,10 +376,11 @@ def write_shards(s, path, meta, rank, world_size):
     processes = s['num_proc'] or max(os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
     os.environ['PYTHONWARNINGS'] = 'ignore:resource_tracker'  # it warns of semaphores after end_now
     spawn, running = multiprocessing.get_context('spawn'), []
-    with ProcessPoolExecutor(processes, spawn, start_worker, (meta['tokenizer'],)) as pool, \
-            tqdm(unit=' documents', mininterval=10, disable=rank > 0 or None) as bar:
+    texts = tqdm(documents(s, place, rank, world_size), unit=' documents', mininterval=10,
+                 disable=rank > 0 or None)  # None: on a terminal alone
+    with ProcessPoolExecutor(processes, spawn, start_worker, (meta['tokenizer'],)) as pool:
         try:
-            for chunk in chunks(documents(s, place, rank, world_size), 4 * s['shard_tokens']):
+            for chunk in chunks(texts, 4 * s['shard_tokens']):
                 if number % world_size == rank and number not in finished:
                     if 'stream' in place:
                         state = place['stream'].state_dict()
@@ -390,7 +391,6 @@ def write_shards(s, path, meta, rank, world_size):
                 number += step
                 if len(running) > processes:  # bounds memory
                     running.pop(0).result()
-                bar.update(len(chunk))
             for future in running:
                 future.result()
         except BrokenProcessPool:
