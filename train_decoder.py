@@ -10,9 +10,11 @@ language_model.pt and so on; and decoder_init.pt where encoder_path is an encode
 can compare with step 0.
 """
 
+import math
 import os
 
 import torch
+import torch.nn.functional as F
 
 import model as lib
 from config import UserError, override
@@ -102,9 +104,6 @@ torch.manual_seed(seed)
 model = lib.Decoder(lib.DecoderConfig(**config)).to(run.device)
 if state:
     model.load_state_dict(state['model'])
-else:  # its token embeddings start as the concepts of single tokens
-    concepts = torch.from_numpy(encoder.encode_tokens([[i] for i in range(config['vocab_size'])], 1024))
-    model.start_from(concepts.to(run.device), jepa.token_weight)
 forward = run.build(model, lib.optimizer_groups(model), state, tokenizer=tokenizer,
                     fingerprint=encoder.fingerprint)
 targets = run.compiled(jepa.targets)
@@ -113,7 +112,7 @@ encoder_attention = 'mask' if jepa.config.hf else attention
 del state
 
 # ----------------------------------------------------------------------------------------------------
-# A batch's concepts, and what a validation batch costs with and without them
+# A batch's concepts, where token embeddings start, and what a validation batch costs with and without them
 
 @torch.no_grad()
 def inputs(tokens, sentence, document, *kept):
@@ -161,6 +160,24 @@ def evaluate():
     all_sum(sums)
     given, shuffled, none, predicted = (sums[:4] / sums[4]).tolist()
     return dict(zip(MEASURES, (given, shuffled, none, none - given, none - predicted)))
+
+@torch.no_grad()
+def concepts_around_tokens(n_positions=800_000):
+    """Of each token the mean concept of sentences that hold it (V, concept_dim), shorter where few do."""
+    total = torch.zeros(config['vocab_size'], encoder.dim + 1, device=run.device)
+    for step in range(math.ceil(n_positions / run.positions)):
+        for tokens, sentence, *rest in map(run.to_device, run.micro_batches(step)):
+            counted = F.pad(inputs(tokens, sentence, *rest)[1], (0, 1), value=1.0)
+            row, i = ((sentence >= 0) & (lib.place_in_sentence(sentence) >= n_prefix)).nonzero(as_tuple=True)
+            total.index_add_(0, tokens[row, i], counted[row, sentence[row, i]])
+    total = all_sum(total)
+    return total[:, :-1] / (total[:, -1:] + 20)
+
+if not run.step and jepa.config.hf and not language_model:  # a token alone says little there
+    model.start_from(concepts_around_tokens(), jepa.token_weight, 0.35)
+elif not run.step:
+    alone = encoder.encode_tokens([[i] for i in range(config['vocab_size'])], 1024)
+    model.start_from(torch.from_numpy(alone).to(run.device), jepa.token_weight)
 
 # ----------------------------------------------------------------------------------------------------
 # Loop
