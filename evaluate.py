@@ -26,6 +26,7 @@ from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
+from sklearn.preprocessing import normalize as unit
 from tqdm import tqdm
 
 from config import UserError, as_user_error, override, write_file
@@ -134,10 +135,6 @@ def spearman(a, b):
     x, y = (rankdata(np.round(v, 6)) for v in (a, b))
     x, y = ((v - v.mean()) / max(v.std(), 1e-9) for v in (x, y))
     return draws(200 * x * y, np.arange(len(a)), x * x + y * y)  # samples differ in their variances too
-
-def unit(x):
-    """x (..., d) at length 1, float32; a zero vector stays zero."""
-    return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
 
 def cosine(a, b):
     """Cosines (n,) of the rows of a and b (n, d)."""

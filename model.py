@@ -523,13 +523,10 @@ class JEPA(nn.Module):
         """target = momentum * target + (1 - momentum) * encoder, in fp32."""
         torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1.0 - momentum)
 
-    def fingerprint(self) -> float:
-        """A number that tells one concept space (target, whitening) from another; a decoder keeps it."""
-        return fingerprint(*self.target.parameters(), self.whitening.mean, self.whitening.W)
-
-def fingerprint(*tensors) -> float:
-    """A number that tells these tensors from others."""
-    return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
+    def fingerprint(self, *more) -> float:
+        """A number that tells one concept space (target, whitening, or `more` tensors) from another."""
+        tensors = [*self.target.parameters(), *(more or (self.whitening.mean, self.whitening.W))]
+        return sum((i + 1) * t.double().abs().mean().item() for i, t in enumerate(tensors))
 
 # ----------------------------------------------------------------------------------------------------
 # Objectives: what training minimises. One switch each, compared in tests/ablate.py. The whitening's switch
@@ -958,8 +955,8 @@ class SentenceEncoder:
 
         What is missing there is computed first: all, or what a run that was stopped left.
         """
-        name = f'means_{fingerprint(*self.model.target.parameters(), self.model.token_weight):.9g}'
-        path, n = corpus.path(f'{name}.{corpus.split}'), corpus.n_sentences
+        name = f'means_{self.model.fingerprint(self.model.token_weight):.9g}.{corpus.split}'
+        path, n = corpus.path(name), corpus.n_sentences
         with open(path, 'ab'), open(path, 'r+b') as f:  # the first makes it where there is none
             kept = f.seek(0, os.SEEK_END) // (2 * self.dim)
             for start in tqdm(range(kept, n, chunk), f'means of {corpus.split}', disable=None):

@@ -192,11 +192,11 @@ def make_tokenizer(s) -> dict:
 def read_file(path, column, separator):
     """Documents of a file. Raises UserError."""
     import fsspec  # its 'infer' would read packed bytes as text where a library is missing
-    packing = {'gz': 'gzip', 'xz': 'xz', 'zst': 'zstd'}.get(path.lower().rpartition('.')[2])
+    kind, packing = re.search(r'(\w*)(?:\.(gz|xz|zst))?$', path.lower()).groups()
+    packing = {'gz': 'gzip', 'zst': 'zstd'}.get(packing, packing)  # as fsspec calls it
     advice = 'expected .txt, .jsonl or .parquet, plain or .gz, .xz, .zst (`pip install backports.zstd`)'
     with as_user_error(f'read {path}', advice), \
             fsspec.filesystem('file').open(path, 'rb', compression=packing) as stream:
-        kind = re.sub('[.](gz|xz|zst)$', '', path.lower()).rpartition('.')[2]
         if kind == 'parquet':
             from pyarrow import parquet
             table = parquet.ParquetFile(stream)

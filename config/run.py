@@ -330,10 +330,16 @@ def load_checkpoint(path: str, kind: str) -> dict:
     """The checkpoint of `kind` at `path`, or in that out_dir, on the CPU. Raises UserError: what to do."""
     path = os.path.expanduser(path)
     path = f'{path}/{kind}.pt' if os.path.isdir(path) else path
-    script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
-    with as_user_error(f"read '{path}'", f'train one with {script}, or if it is damaged give another, such '
-                       'as a *_best.pt beside it'):
+    if not os.path.exists(path):
+        script = 'train_encoder.py' if kind == 'encoder' else 'train_decoder.py'
+        raise UserError(f"no {kind} at '{path}': train one with {script}, or give its --out_dir")
+    try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-        if (state['format'], state['kind']) != (FORMAT, kind):
-            raise ValueError(f'it is no {kind} of format {FORMAT}')
+    except Exception as error:  # damaged bytes raise anything
+        if isinstance(error, (OSError, MemoryError)) or 'alloc' in str(error):
+            raise UserError(f"cannot read '{path}': {str(error) or 'out of memory'}") from error
+        raise UserError(f"'{path}' is damaged, or no checkpoint ({type(error).__name__}): give another, such "
+                        'as a *_best.pt beside it') from error
+    if not isinstance(state, dict) or (state.get('format'), state.get('kind')) != (FORMAT, kind):
+        raise UserError(f"'{path}' holds no {kind} of format {FORMAT}: train one with this version")
     return state

@@ -196,7 +196,7 @@ def test_what_a_cheat_gets(trained, corpus_dir, kind):
         assert signs.endswith(': none')
     if kind == 'copy':
         assert [rows['copy-last'][ev.LESS] for title, rows in got.items() if 'of a prediction' in title
-                or 'similarity' in title or 'retrieval' in title] == [pytest.approx([0, 0, 0])] * 4
+                or 'similarity' in title or 'retrieval' in title] == [pytest.approx([0, 0, 0], abs=1e-6)] * 4
     value, low, high = b['TF-IDF of the window'][ev.LESS]
     assert low <= value <= high
     assert value == pytest.approx(b['model']['MRR'][0] - b['TF-IDF of the window']['MRR'][0])
