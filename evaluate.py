@@ -272,7 +272,8 @@ def load(path, folder):
     models = {'model': (encoder, decoder)}
     if os.path.exists(init):
         untrained = load_encoder(init, device, dtype)
-        models['step 0'] = untrained, beside('decoder_init', untrained, decoder)
+        same = untrained.fingerprint == encoder.fingerprint  # the encoder was frozen: one space, one decoder
+        models['step 0'] = untrained, decoder if same else beside('decoder_init', untrained, decoder)
     return models, beside('language_model', encoder, decoder, 'language_model')
 
 # ----------------------------------------------------------------------------------------------------
@@ -566,7 +567,9 @@ def picture(folder):
             ('metrics.csv', 'val_skill', 'train_skill', 'val_copy_skill', 'val_window_skill'),
             ('metrics_decoder.csv', 'val_loss', 'val_shuffled', 'val_unconditional'))):
         if os.path.exists(path := f'{folder}/{file}'):
-            pandas.read_csv(path).dropna(subset=columns).plot('step', columns, ax=axis, title=file)
+            log = pandas.read_csv(path).dropna(subset=columns)
+            if len(log):  # a run that was killed early has none
+                log.plot('step', columns, ax=axis, title=file)
     figure.savefig(f'{folder}/report.png')
 
 # ----------------------------------------------------------------------------------------------------

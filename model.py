@@ -950,21 +950,23 @@ class SentenceEncoder:
             yield index, z
 
     @torch.inference_mode()
-    def keep_means(self, corpus, chunk=8192):
+    def keep_means(self, corpus, compute=True, chunk=8192):
         """Give the Corpus the means of its sentences, float16, not whitened, from a file in its folder.
 
-        What is missing there is computed first: all, or what a run that was stopped left.
+        What is missing there, all or what a run that was stopped left, is computed, or the Corpus gets none.
         """
-        name = f'means_{self.model.fingerprint(self.model.token_weight):.9g}.{corpus.split}'
-        path, n = corpus.path(name), corpus.n_sentences
-        with open(path, 'ab'), open(path, 'r+b') as f:  # the first makes it where there is none
-            kept = f.seek(0, os.SEEK_END) // (2 * self.dim)
-            for start in tqdm(range(kept, n, chunk), f'means of {corpus.split}', disable=None):
-                part = corpus.sentences(start, min(start + chunk, n))
-                out = np.empty((len(part), self.dim), np.float16)
-                for index, z in self.means(part):
-                    out[index] = z[:, 0].cpu()
-                f.seek(2 * self.dim * start)  # where two processes do this, they write the same
+        name = f'means_{self.model.fingerprint(self.model.token_weight):.9g}_{corpus.n_tokens}.{corpus.split}'
+        path, n, row = corpus.path(name), corpus.n_sentences, 2 * self.dim
+        kept = os.path.getsize(path) // row if os.path.exists(path) else 0
+        if kept < n and not compute:
+            return
+        for start in tqdm(range(kept, n, chunk), f'means of {corpus.split}', leave=False, disable=None):
+            part = corpus.sentences(start, min(start + chunk, n))
+            out = np.empty((len(part), self.dim), np.float16)
+            for index, z in self.means(part):
+                out[index] = z[:, 0].cpu()
+            with open(path, 'ab'), open(path, 'r+b') as f:  # the first makes it where there is none
+                f.seek(row * start)  # where two processes do this, they write the same
                 f.write(out.tobytes())
         corpus.means = np.memmap(path, np.float16, 'r', shape=(n, self.dim))
 

@@ -415,7 +415,7 @@ def finish(s, path, world_size):
               'another --data_dir, and raise --val_fraction')
     write_file(path('done'), json.dumps(done))
     for name in os.listdir(path('')):
-        if re.match(r'part_|state_|.*\.tmp$', name):
+        if re.match(r'part_|state_|means_|.*\.tmp$', name):
             os.unlink(path(name))
     corpus = Corpus(path(''), 'train')
     ids = np.concatenate(corpus.sentences(0, min(5000, corpus.n_sentences)))

@@ -88,9 +88,8 @@ train_data, val_data = Corpus(data_dir, 'train'), Corpus(data_dir, 'val')
 tokenizer = train_data.meta['tokenizer']
 if encoder.tokenizer.spec['sha256'] != tokenizer['sha256']:
     raise UserError(f"{data_dir} has another tokenizer than the encoder read: prepare it with that one")
-if encoder.settings['freeze_encoder']:  # as train_encoder.py left them
-    encoder.keep_means(train_data)
-    encoder.keep_means(val_data)
+for corpus in (train_data, val_data) if encoder.settings['freeze_encoder'] and not language_model else ():
+    encoder.keep_means(corpus, compute=False)  # where train_encoder.py left them
 run.read(train_data, val_data, n_prefix)
 
 # ----------------------------------------------------------------------------------------------------
@@ -104,12 +103,9 @@ torch.manual_seed(seed)
 model = lib.Decoder(lib.DecoderConfig(**config)).to(run.device)
 if state:
     model.load_state_dict(state['model'])
-forward = run.build(model, lib.optimizer_groups(model), state, tokenizer=tokenizer,
-                    fingerprint=encoder.fingerprint)
 targets = run.compiled(jepa.targets)
 attention = lib.attention_path(run.device_type, run.compile)
 encoder_attention = 'mask' if jepa.config.hf else attention
-del state
 
 # ----------------------------------------------------------------------------------------------------
 # A batch's concepts, where token embeddings start, and what a validation batch costs with and without them
@@ -165,7 +161,7 @@ def evaluate():
 def concepts_around_tokens(n_positions=800_000):
     """Of each token the mean concept of sentences that hold it (V, concept_dim), shorter where few do."""
     total = torch.zeros(config['vocab_size'], encoder.dim + 1, device=run.device)
-    for step in range(math.ceil(n_positions / run.positions)):
+    for step in range(math.ceil(min(n_positions / run.positions, run.steps_per_epoch))):
         for tokens, sentence, *rest in map(run.to_device, run.micro_batches(step)):
             counted = F.pad(inputs(tokens, sentence, *rest)[1], (0, 1), value=1.0)
             row, i = ((sentence >= 0) & (lib.place_in_sentence(sentence) >= n_prefix)).nonzero(as_tuple=True)
@@ -178,6 +174,9 @@ if not run.step and jepa.config.hf and not language_model:  # a token alone says
 elif not run.step:
     alone = encoder.encode_tokens([[i] for i in range(config['vocab_size'])], 1024)
     model.start_from(torch.from_numpy(alone).to(run.device), jepa.token_weight)
+forward = run.build(model, lib.optimizer_groups(model), state, tokenizer=tokenizer,
+                    fingerprint=encoder.fingerprint)
+del state
 
 # ----------------------------------------------------------------------------------------------------
 # Loop

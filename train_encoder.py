@@ -169,7 +169,8 @@ if not run.step and start_passes and not model.config.hf:
     model.update_target(0.0)
 if freeze_encoder:
     for corpus in (train_data, val_data):
-        lib.SentenceEncoder(model, corpus.tokenizer, run.device, run.dtype).keep_means(corpus)
+        encoder = lib.SentenceEncoder(model, corpus.tokenizer, run.device, run.dtype)
+        encoder.keep_means(corpus, compute=max_iters >= run.steps_per_epoch)  # else most would not be read
 if not run.step and whiten:
     model.whitening.fit(sentence_means(*batch) for batch in first_batches())
 
@@ -241,7 +242,8 @@ while True:
 
     # forward and backward
     for tokens, sentence, document, *kept in run.on_device(batches):
-        own, mask = model.masks(sentence, document, attention)
+        own, mask = (None, None) if kept and context == 'concepts' else \
+            model.masks(sentence, document, attention)
         z, used = sentence_means(tokens, sentence, document, *kept or [None], own)
         concepts = model.whitening(z, used if whiten else None)
         with run.autocast:

@@ -87,7 +87,7 @@ def from_text(text: str, default):
 def from_preset(path: str, script: str, settings: dict) -> dict:
     """The settings that the Python file at `path` assigns."""
     stage = os.path.basename(path).split('_')[0]
-    if stage in STAGES and stage not in script:
+    if stage in STAGES and stage not in script and any(other in script for other in STAGES):
         raise UserError(f'{path} is a preset of the {stage}')
     try:
         values = runpy.run_path(path)

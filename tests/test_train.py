@@ -242,7 +242,7 @@ def test_training_learns_and_does_not_collapse(turns_dir, tmp_path):
     assert random['val_skill'] < first['val_skill'] - 0.02, 'the start helps'
 
 def test_a_frozen_encoder_stands_still_while_its_predictor_learns(turns_dir, tmp_path):
-    start(*encoder(turns_dir, tmp_path, *LEARN, '--freeze_encoder=True', '--max_iters=60')).end()
+    start(*encoder(turns_dir, tmp_path, *LEARN, '--freeze_encoder=True', '--batch_size=6')).end()
     first, *_, last = evaluations(tmp_path / 'metrics.csv')
     assert last['val_skill'] > first['val_skill'] + 0.02
     kept, now = (lib.load_encoder(tmp_path / f'{name}.pt') for name in ('encoder_init', 'encoder'))
