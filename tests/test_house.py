@@ -27,7 +27,7 @@ def n_tokens(path):
 def test_budgets():
     lines = {path: FILES[path].count('\n') for path in LINES}
     assert {path: n for path, n in lines.items() if n > LINES[path]} == {}
-    assert sum(map(n_tokens, LINES)) <= 29_143
+    assert sum(map(n_tokens, LINES)) <= 29_146
     assert sum(text.count('\n') for path, text in FILES.items() if path.startswith('tests')) <= 3000
 
 def test_lines_and_functions_fit_a_screen():
