@@ -742,18 +742,19 @@ class Decoder(nn.Module):
         nn.init.normal_(self.direct.weight, std=0.02 * width ** -0.5)
 
     @torch.no_grad()
-    def start_from(self, concepts, token_weight, length=1.0):
+    def start_from(self, concepts, token_weight, normalise=True):
         """Start E and P from concepts (V, concept_dim) that stand for tokens: E P c is c's bag of words.
 
-        P are their principal directions, as many as n_embd has room for; E is each token in them, of this
-        length on average. token_weight (V,) is the encoder's. Without this a decoder needs thousands of steps
-        to find out which direction stands for which word.
+        P are their principal directions, as many as n_embd has room for; E is each token in them, to
+        `normalise` 1 long on average. token_weight (V,) is the encoder's. Without this a decoder needs
+        thousands of steps to find out which direction stands for which word.
         """
         concepts = concepts - concepts.mean(0)
         vectors = torch.linalg.eigh(concepts.double().T @ concepts.double()).eigenvectors
         directions = vectors.flip(1)[:, :self.config.n_embd].T.float()  # the largest first
         words = concepts @ directions.T
-        words *= length / words.norm(dim=-1).mean().clamp(min=1e-6)
+        if normalise:
+            words /= words.norm(dim=-1).mean().clamp(min=1e-6)
         self.embedding.weight.zero_()[:, :len(directions)] = words
         self.direct.weight.zero_()[:len(directions)] = directions
         self.token_weight.copy_(token_weight)

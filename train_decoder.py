@@ -170,7 +170,7 @@ def concepts_around_tokens(n_positions=800_000):
     return total[:, :-1] / (total[:, -1:] + 20)
 
 if not run.step and jepa.config.hf and not language_model:  # a token alone says little there
-    model.start_from(concepts_around_tokens(), jepa.token_weight, 0.35)
+    model.start_from(4 * concepts_around_tokens(), jepa.token_weight, normalise=False)
 elif not run.step:
     alone = encoder.encode_tokens([[i] for i in range(config['vocab_size'])], 1024)
     model.start_from(torch.from_numpy(alone).to(run.device), jepa.token_weight)

@@ -9,7 +9,7 @@ import tokenize
 from conftest import ROOT
 
 # Meant are 24,000 tokens, 2,450 lines, and 3,000 lines of tests. What there is, so that growth is seen.
-LINES = {'config/__init__.py': 138, 'config/run.py': 345, 'prepare.py': 565, 'model.py': 1115,
+LINES = {'config/__init__.py': 138, 'config/run.py': 345, 'prepare.py': 565, 'model.py': 1116,
          'train_encoder.py': 264, 'train_decoder.py': 206, 'evaluate.py': 648}
 BELOW = {'config/__init__.py': set(), 'config/run.py': {'config'}, 'prepare.py': {'config'},
          'model.py': {'config', 'prepare'}}  # the others: these and model
@@ -27,7 +27,7 @@ def n_tokens(path):
 def test_budgets():
     lines = {path: FILES[path].count('\n') for path in LINES}
     assert {path: n for path, n in lines.items() if n > LINES[path]} == {}
-    assert sum(map(n_tokens, LINES)) <= 29_146
+    assert sum(map(n_tokens, LINES)) <= 29_151
     assert sum(text.count('\n') for path, text in FILES.items() if path.startswith('tests')) <= 3000
 
 def test_lines_and_functions_fit_a_screen():
