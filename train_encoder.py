@@ -39,7 +39,7 @@ n_embd = 768  # width of states and concepts
 predictor_layer = 4
 fade = 0.4  # initial weight in the predictor's attention per sentence of distance: exp(-fade)
 dropout = 0.0
-freeze_encoder = False  # True: only the predictor learns, from concepts computed once and kept in data_dir
+freeze_encoder = False  # True: only the predictor learns; runs of an epoch or more keep concepts in data_dir
 pooling = 'sif'  # a sentence's mean weighs rare tokens more; 'mean': all alike
 start_passes = 4  # over the text, to start token embeddings from (model.neighbour_embeddings); 0: random ones
 start_tokens = 20_000_000  # read in each at most
@@ -244,7 +244,7 @@ while True:
     for tokens, sentence, document, *kept in run.on_device(batches):
         own, mask = (None, None) if kept and context == 'concepts' else \
             model.masks(sentence, document, attention)
-        z, used = sentence_means(tokens, sentence, document, *kept or [None], own)
+        z, used = sentence_means(tokens, sentence, document, *kept, own=own)
         concepts = model.whitening(z, used if whiten else None)
         with run.autocast:
             loss_sum = forward(tokens, sentence, document, z, concepts, mask)
